@@ -1,0 +1,246 @@
+"""What travels through the loop: examples, episodes and batches, every tensor with its shape.
+
+B is episodes in a batch, T the longest response in it, L the longest decoder row, S the longest encoder row, N the
+number of states whose Q-values are needed. A response of n tokens has the states s_0 .. s_{n-1}, in which
+its tokens were chosen, and s_n, the state after the last one. s_n is terminal when the last token is an EOS.
+A response cut off at the length limit is *truncated*: its s_n is not terminal, and its value is bootstrapped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+MATCH_FEATURES = 9  # numbers a state that say how the response so far matches the references
+
+
+@dataclass(frozen=True)
+class Example:
+    """One source with its references, and the prompt as the model reads it."""
+
+    source: str
+    references: tuple[str, ...]
+    prompt_ids: tuple[int, ...]
+    reference_ids: tuple[tuple[int, ...], ...]  # each ends in EOS, unless it was cut at the length limit
+    prompt: str
+
+
+@dataclass
+class Episode:
+    """One response to one prompt, with what was measured when it was made."""
+
+    example: Example
+    response_ids: list[int]
+    truncated: bool
+    group: int  # episodes of one prompt drawn together share it
+    demonstration: bool = False
+    behaviour_log_probs: Tensor | None = None  # (n,) nats, of the distribution each token was sampled from
+    reference_log_probs: Tensor | None = None  # (n,) nats, under the frozen reference network
+    match_features: Tensor | None = None  # (n + 1, MATCH_FEATURES), for the value head in training
+    text: str = ""
+    reward: float = 0.0
+    terms: dict[str, float] = field(default_factory=dict)  # the reward's parts, unweighted
+    baseline: float = 0.0  # what the reward is centred by
+
+
+@dataclass
+class Batch:
+    """Episodes as right-padded tensors.
+
+    For a causal model the decoder reads prompt + response; for a seq2seq model the encoder reads the prompt and
+    the decoder its start tokens + response. What stands before the response is the *prefix*.
+
+    Episodes of one prompt share the work on it where the model allows: a causal row is then
+    prompt + response 1 + response 2 + ..., with a mask and positions that let each response see the prompt and
+    itself alone; a seq2seq model encodes each prompt once. R is decoder rows, G encoder rows.
+    """
+
+    decoder_ids: Tensor  # (R, L) int64
+    decoder_mask: Tensor  # (R, L) bool, True on real tokens; (R, 1, L, L) bool where responses share a row
+    position_ids: Tensor | None  # (R, L) int64, only where responses share a row
+    states: Tensor  # (N, 2) int64, row and position of each state in `state_mask`, episode by episode
+    response_ids: Tensor  # (B, T) int64
+    response_mask: Tensor  # (B, T) bool, EOS included
+    state_mask: Tensor  # (B, T + 1) bool, states with Q-values: all but terminal ones and padding
+    rewards: Tensor  # (B, T) reward of each token, centred by the baseline
+    reference_log_probs: Tensor  # (B, T) nats
+    behaviour_log_probs: Tensor  # (B, T) nats
+    match_features: Tensor  # (B, T + 1, MATCH_FEATURES), zero where not measured
+    groups: Tensor  # (B,) int64
+    encoder_ids: Tensor | None = None  # (G, S) int64, seq2seq only
+    encoder_mask: Tensor | None = None  # (G, S) int64
+    encoder_rows: Tensor | None = None  # (R,) int64, the encoder row that each decoder row reads
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
+
+    @property
+    def actions(self) -> Tensor:
+        """(N,) the token chosen in each state; after a truncated response, where none was, any valid id."""
+        return torch.nn.functional.pad(self.response_ids, (0, 1))[self.state_mask]
+
+    def at_states(self, flat: Tensor) -> Tensor:
+        """Lay out one number for each state: (N,) -> (B, T + 1), zero in terminal states and padding."""
+        grid = torch.zeros(self.state_mask.shape, device=flat.device, dtype=flat.dtype)
+        return grid.masked_scatter(self.state_mask, flat)
+
+    def at_tokens(self, flat: Tensor) -> Tensor:
+        """Lay out one number for each chosen token: (N,) -> (B, T), zero on padding."""
+        return self.at_states(flat)[:, :-1] * self.response_mask
+
+
+@dataclass(frozen=True)
+class SequenceFormat:
+    """How a model's sequences are laid out: the facts about model and tokenizer that batches and decoding need."""
+
+    pad_id: int
+    eos_ids: tuple[int, ...]  # any of them ends a response; the first one ends references
+    decoder_prefix: tuple[int, ...] | None  # seq2seq: what the decoder starts from; causal: None
+    context_tokens: int | None  # longest sequence the model takes; None where there is no limit
+    shares_prompts: bool = False  # causal: responses to one prompt may share a row of a batch
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return self.decoder_prefix is not None
+
+
+def demonstration(example: Example, reference: int, group: int, eos_ids: Sequence[int]) -> Episode:
+    """The example's reference number `reference` as an episode."""
+    ids = list(example.reference_ids[reference])
+    return Episode(
+        example,
+        ids,
+        truncated=ids[-1] not in eos_ids,
+        group=group,
+        demonstration=True,
+        text=example.references[reference],
+    )
+
+
+def make_batch(episodes: Sequence[Episode], layout: SequenceFormat) -> Batch:
+    """Pad episodes into one batch on the CPU. The whole centred reward falls on each response's last token."""
+    response_ids, response_mask = _pad([e.response_ids for e in episodes], layout.pad_id)
+    lengths = response_mask.sum(1)  # (B,)
+    truncated = torch.tensor([e.truncated for e in episodes])
+    time = torch.arange(response_ids.shape[1] + 1)
+    state_mask = time < (lengths + truncated)[:, None]
+    rewards = torch.zeros(response_ids.shape)
+    rewards[torch.arange(len(episodes)), lengths - 1] = torch.tensor([e.reward - e.baseline for e in episodes])
+    rows = _rows(episodes, layout.shares_prompts)
+    decoder_ids, decoder_mask, position_ids, places = _decoder_rows(episodes, rows, layout)
+    batch = Batch(
+        decoder_ids=decoder_ids,
+        decoder_mask=decoder_mask,
+        position_ids=position_ids,
+        states=_state_places(places, state_mask),
+        response_ids=response_ids,
+        response_mask=response_mask.bool(),
+        state_mask=state_mask,
+        rewards=rewards,
+        reference_log_probs=_pad_measured([e.reference_log_probs for e in episodes], response_ids.shape),
+        behaviour_log_probs=_pad_measured([e.behaviour_log_probs for e in episodes], response_ids.shape),
+        match_features=_pad_measured([e.match_features for e in episodes], (*state_mask.shape, MATCH_FEATURES)),
+        groups=torch.tensor([e.group for e in episodes]),
+    )
+    if layout.is_seq2seq:
+        encoder_rows = _rows(episodes, True)
+        prompts = [list(episodes[members[0]].example.prompt_ids) for members in encoder_rows]
+        batch.encoder_ids, batch.encoder_mask = _pad(prompts, layout.pad_id)
+        batch.encoder_rows = torch.empty(len(episodes), dtype=torch.int64)
+        for row, members in enumerate(encoder_rows):
+            batch.encoder_rows[members] = row
+    return batch
+
+
+def micro_batches(episodes: Sequence[Episode], layout: SequenceFormat, max_tokens: int) -> list[list[Episode]]:
+    """Split episodes into lists of at most `max_tokens` padded tokens, similar lengths together, groups whole.
+
+    A group that alone is over the limit makes a list of its own.
+    """
+    sized = []
+    for members in _rows(episodes, True):
+        group = [episodes[i] for i in members]
+        prompt, responses = len(group[0].example.prompt_ids), [len(e.response_ids) for e in group]
+        shared = prompt + sum(responses) if layout.shares_prompts else (prompt + max(responses)) * len(group)
+        sized.append((shared, group))
+    sized.sort(key=lambda pair: pair[0])
+    batches: list[list[Episode]] = []
+    groups_in_last = 0
+    for tokens, group in sized:  # each group is the largest so far, so it sets the padded size of all
+        groups_in_last += 1
+        if batches and tokens * groups_in_last <= max_tokens:
+            batches[-1].extend(group)
+        else:
+            batches.append(list(group))
+            groups_in_last = 1
+    return batches
+
+
+def _rows(episodes: Sequence[Episode], share: bool) -> list[list[int]]:
+    """Which episodes stand in each row: one, or all of a group."""
+    rows: dict[int, list[int]] = {}
+    for i, episode in enumerate(episodes):
+        rows.setdefault(episode.group if share else i, []).append(i)
+    return list(rows.values())
+
+
+def _decoder_rows(
+    episodes: Sequence[Episode], rows: list[list[int]], layout: SequenceFormat
+) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[int, int, int]]]:
+    """Decoder ids, mask and positions; and for each episode its row, its prefix's last place, its response's first."""
+    ids, segments, positions = [], [], []
+    places = [(0, 0, 0)] * len(episodes)
+    for row, members in enumerate(rows):
+        prefix = list(layout.decoder_prefix or episodes[members[0]].example.prompt_ids)
+        row_ids, row_segments, row_positions = list(prefix), [0] * len(prefix), list(range(len(prefix)))
+        for number, i in enumerate(members, start=1):
+            response = episodes[i].response_ids
+            places[i] = (row, len(prefix) - 1, len(row_ids))
+            row_ids += response
+            row_segments += [number] * len(response)
+            row_positions += range(len(prefix), len(prefix) + len(response))
+        ids.append(row_ids)
+        segments.append(row_segments)
+        positions.append(row_positions)
+    decoder_ids, real = _pad(ids, layout.pad_id)
+    if all(len(members) == 1 for members in rows):
+        return decoder_ids, real.bool(), None, places
+    segment, _ = _pad(segments, -1)
+    return decoder_ids, _sharing_mask(segment), _pad(positions, 0)[0], places
+
+
+def _sharing_mask(segment: Tensor) -> Tensor:
+    """(R, L) segment of each token, 0 the prompt and -1 padding -> (R, 1, L, L) who sees whom."""
+    length = segment.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = segment[:, :, None] == segment[:, None, :]
+    prompt = segment[:, None, :] == 0
+    return (causal & (same | prompt))[:, None]
+
+
+def _state_places(places: list[tuple[int, int, int]], state_mask: Tensor) -> Tensor:
+    """(N, 2) row and position where each state's hidden vector stands: that of the token before the action."""
+    episode, t = state_mask.nonzero(as_tuple=True)
+    row, prefix_last, response_first = torch.tensor(places)[episode].unbind(1)
+    return torch.stack([row, torch.where(t == 0, prefix_last, response_first + t - 1)], dim=1)
+
+
+def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(rows, longest) ids padded on the right, and the int64 mask of real tokens."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return ids, mask
+
+
+def _pad_measured(rows: list[Tensor | None], shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor of that shape with a row an episode, zero where nothing was measured."""
+    padded = torch.zeros(shape)
+    for i, row in enumerate(rows):
+        if row is not None:
+            padded[i, : len(row)] = row
+    return padded

@@ -1,0 +1,65 @@
+"""Results as a person reads them in the terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lmdqn.episodes import Example
+from lmdqn.results.evaluate import Evaluation
+
+COLUMNS = {
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "chrf": "chrF",
+    "reward": "reward",
+    "length_words": "length (words)",
+    "distinct2": "distinct-2",
+    "repeated_4grams": "repeated 4-grams",
+}
+PHASES = {"start": "start", "mle": "MLE", "dqn": "DQN"}
+
+
+def results_table(results: Mapping[str, Evaluation], title: str) -> Table:
+    """A row a system, a column a metric."""
+    known = [name for name in COLUMNS if all(name in evaluation.metrics for evaluation in results.values())]
+    table = Table("", *(COLUMNS[name] for name in known), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase, evaluation in results.items():
+        table.add_row(PHASES.get(phase, phase), *(f"{evaluation.metrics[name]:.1f}" for name in known))
+    return table
+
+
+def p_value_line(p_values: Mapping[str, float], before: str) -> str:
+    """One line: how likely a difference as large is by chance."""
+    shown = ", ".join(f"{COLUMNS[name]} {_p(p_values[name])}" for name in COLUMNS if name in p_values)
+    return f"DQN against {PHASES[before]}, paired bootstrap on the test split: p {shown}"
+
+
+def samples_table(results: Mapping[str, Evaluation], examples: Sequence[Example], rows: Sequence[int]) -> Table:
+    """Source, first reference and every system's response, side by side."""
+    table = Table("source", "reference", *(PHASES.get(phase, phase) for phase in results), show_lines=True)
+    for row in rows:
+        example = examples[row]
+        reference = example.references[0] if example.references else ""
+        texts = [example.source, reference, *(evaluation.responses[row] for evaluation in results.values())]
+        table.add_row(*(Text(_shortened(text)) for text in texts))
+    return table
+
+
+def show(console: Console, *parts: Table | str) -> None:
+    """Print parts; text from models and data is never read as markup."""
+    for part in parts:
+        console.print(part, markup=False, highlight=False)
+
+
+def _p(p: float) -> str:
+    return f"= {p:.3f}" if p >= 0.001 else "< .001"
+
+
+def _shortened(text: str, limit: int = 280) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

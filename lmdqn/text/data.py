@@ -1,0 +1,190 @@
+"""Reading examples: JSONL, CSV, Parquet, folders saved by `datasets`, and the hub, into source and references."""
+
+import json
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdqn.errors import UserError
+from lmdqn.recipe import DataSection, nearest
+
+Row = dict[str, Any]
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source with its references, and the row it came from for prompt templates.
+
+    `turns` is set where the source is a dialogue: (role, text) from the oldest to the newest.
+    """
+
+    source: str
+    references: tuple[str, ...]
+    row: Row
+    turns: tuple[tuple[str, str], ...] | None = None
+
+    def columns_used(self, template: str) -> dict[str, Any]:
+        """The values that a prompt template's {fields} stand for; `source` is always there."""
+        values = {**self.row, "source": self.source}
+        return {name: values.get(name) for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+def load_pairs(data: DataSection, split: str, seed: int) -> list[Pair]:
+    """The pairs of one split (`train`, `validation` or `test`), limited, in an order fixed by the seed.
+
+    Training and validation pairs are shuffled before the limit is applied; test pairs keep the file's order.
+
+    Raises:
+        UserError: a missing folder, file, split or column, a malformed line (file and line are named), an empty
+            split, or a hub data set that cannot be reached.
+    """
+    origin, rows = _read_rows(data, getattr(data.splits, split))
+    pairs = list(_pairs(rows, data, origin))
+    if data.merge_references:
+        pairs = _merge_equal_prompts(pairs, data.prompt or "{source}")
+    if not pairs:
+        raise UserError(f"{origin}: the {split} split is empty")
+    if split != "test":
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+        pairs = [pairs[i] for i in order.tolist()]
+    return pairs[: getattr(data.limits, split)]
+
+
+def _read_rows(data: DataSection, split: str) -> tuple[str, list[Row]]:
+    """What the rows are called in errors, and the rows."""
+    if data.hub is not None:
+        return f"{data.hub} [{split}]", _read_hub(data, split)
+    if data.path is None:
+        raise UserError("the recipe names no data: set data.path=FOLDER (or data.hub)")
+    folder = Path(data.path)
+    if not folder.is_dir():
+        raise UserError(f"data.path {folder} is not a folder of {split}.jsonl (or .csv, .parquet) files")
+    if (folder / "dataset_dict.json").exists():
+        return f"{folder} [{split}]", _read_saved(folder, split)
+    for suffix in SUFFIXES:
+        file = folder / f"{split}{suffix}"
+        if file.exists():
+            return str(file), _read_jsonl(file) if suffix == ".jsonl" else _read_table(file)
+    raise UserError(f"{folder} has no {split}.jsonl, {split}.csv or {split}.parquet")
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                raise UserError(f"{file}, line {number}: not valid JSON ({reason})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, line {number}: must be an object of columns, not {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _read_table(file: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    read = pyarrow.csv.read_csv if file.suffix == ".csv" else pyarrow.parquet.read_table
+    try:
+        return read(file).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file} is not valid {file.suffix[1:].upper()}: {' '.join(str(error).split())}") from error
+
+
+def _read_saved(folder: Path, split: str) -> list[Row]:
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if split not in saved:
+        raise UserError(f"{folder} has no split {split!r}{nearest(split, saved)}")
+    return saved[split].to_list()
+
+
+def _read_hub(data: DataSection, split: str) -> list[Row]:
+    import datasets
+    import httpx2 as httpx
+
+    assert data.hub is not None
+    try:
+        return datasets.load_dataset(data.hub, data.hub_config, split=split, revision=data.hub_revision).to_list()
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot load {data.hub} [{split}] from the hub or its cache: {reason}") from error
+
+
+def _pairs(rows: list[Row], data: DataSection, origin: str) -> Iterator[Pair]:
+    for number, row in enumerate(rows, start=1):
+        where = f"{origin}, {'line' if origin.endswith('.jsonl') else 'row'} {number}"
+        if data.conversation is not None:
+            turns = _turns(_column(row, data.conversation.column, where), where)
+            for reply in range(1, len(turns)):
+                yield _dialogue_pair(turns[max(0, reply - data.conversation.history) : reply], turns[reply][1], row)
+            continue
+        source = _column(row, data.source, where)
+        references = () if data.references is None else _references(_column(row, data.references, where), where)
+        if isinstance(source, list):
+            turns = _turns(source, where)
+            yield Pair("\n".join(text for _, text in turns), references, row, turns)
+        elif isinstance(source, str):
+            yield Pair(source, references, row)
+        else:
+            raise UserError(f"{where}: column {data.source!r} must hold text, not {type(source).__name__}")
+
+
+def _column(row: Row, name: str, where: str) -> Any:
+    """The value of a column; a dot in the name reaches into a record."""
+    value: Any = row
+    for part in [name] if name in row else name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{where}: no column {name!r}{nearest(name, row)}")
+        value = value[part]
+    return value
+
+
+def _references(value: Any, where: str) -> tuple[str, ...]:
+    references = (value,) if isinstance(value, str) else value
+    if not isinstance(references, (list, tuple)) or not references or not all(isinstance(r, str) for r in references):
+        raise UserError(f"{where}: the references must be text or a list of at least one text")
+    return tuple(references)
+
+
+def _turns(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """Messages with role and content, or plain texts that alternate and end (as a prompt) with the user."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: a conversation must be a list of at least one turn")
+    if all(isinstance(turn, str) for turn in value):
+        roles = ["user" if (len(value) - i) % 2 else "assistant" for i in range(len(value))]
+        return tuple(zip(roles, value, strict=True))
+    if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+        return tuple((turn["role"], turn["content"]) for turn in value)
+    raise UserError(f"{where}: each turn must be text, or an object with role and content")
+
+
+def _dialogue_pair(context: tuple[tuple[str, str], ...], reply: str, row: Row) -> Pair:
+    """The reply's speaker is the assistant, whoever that was in the data; roles alternate backwards from it."""
+    texts = [text for _, text in context]
+    turns = _turns(texts, "conversation")
+    return Pair("\n".join(texts), (reply,), row, turns)
+
+
+def _merge_equal_prompts(pairs: list[Pair], template: str) -> list[Pair]:
+    """One pair for each prompt, in order of first appearance, with all its different references."""
+    merged: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        merged.setdefault(repr(pair.columns_used(template)), []).append(pair)
+    return [
+        replace(same[0], references=tuple(dict.fromkeys(r for pair in same for r in pair.references)))
+        for same in merged.values()
+    ]

@@ -1,0 +1,128 @@
+"""Text metrics, computed by sacrebleu and rouge-score themselves; strings in, numbers out.
+
+Sentence functions give one number in [0, 1] for each response. BLEU and chrF of a corpus are on the usual
+0-100 scale, and so are the means that `corpus_metrics` reports.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from statistics import fmean
+
+from rouge_score import rouge_scorer, tokenizers
+from sacrebleu.metrics import BLEU, CHRF
+
+References = Sequence[Sequence[str]]  # for each response its references
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def sentence_bleu(
+    responses: Sequence[str], references: References, smoothing: str = "exp", lowercase: bool = False
+) -> list[float]:
+    """sacrebleu's sentence BLEU with effective order, over 100 (Papineni et al. 2002; Chen & Cherry 2014)."""
+    bleu = BLEU(smooth_method=smoothing, effective_order=True, lowercase=lowercase)
+    return [bleu.sentence_score(h, list(r)).score / 100 for h, r in zip(responses, references, strict=True)]
+
+
+def sentence_chrf(responses: Sequence[str], references: References, lowercase: bool = False) -> list[float]:
+    """sacrebleu's sentence chrF2, over 100 (Popović 2015)."""
+    chrf = CHRF(lowercase=lowercase)
+    return [chrf.sentence_score(h, list(r)).score / 100 for h, r in zip(responses, references, strict=True)]
+
+
+def rouge(responses: Sequence[str], references: References, kinds: Sequence[str]) -> dict[str, list[float]]:
+    """rouge-score's F measure without stemming, for each response the best over its references (Lin 2004).
+
+    ROUGE-Lsum takes lines for sentences, as rouge-score does.
+    """
+    scorer = rouge_scorer.RougeScorer(list(kinds), tokenizer=_CachedTokenizer())
+    scores: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for response, refs in zip(responses, references, strict=True):
+        best = scorer.score_multi(list(refs), response)
+        for kind in kinds:
+            scores[kind].append(best[kind].fmeasure)
+    return scores
+
+
+def length_match(responses: Sequence[str], references: References) -> list[float]:
+    """Words of the response over words of the reference nearest in length, the smaller by the larger: 1 is equal."""
+    matches = []
+    for response, refs in zip(responses, references, strict=True):
+        words = len(response.split())
+        nearest = min((len(r.split()) for r in refs), key=lambda n: abs(n - words))
+        matches.append(min(words, nearest) / max(words, nearest, 1))
+    return matches
+
+
+def repeated_4grams(responses: Sequence[str]) -> list[float]:
+    """Share of each response's word 4-grams that already stood earlier in it."""
+    shares = []
+    for response in responses:
+        grams = _ngrams(response, 4)
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return shares
+
+
+def distinct_2(responses: Sequence[str]) -> float:
+    """Different word bigrams over all word bigrams of the corpus (Li et al. 2016)."""
+    grams = Counter(gram for response in responses for gram in _ngrams(response, 2))
+    return len(grams) / max(1, grams.total())
+
+
+def corpus_bleu(responses: Sequence[str], references: References, lowercase: bool = False) -> float:
+    """sacrebleu's corpus BLEU, 0 to 100, with all references."""
+    return BLEU(lowercase=lowercase).corpus_score(list(responses), reference_streams(references)).score
+
+
+def corpus_chrf(responses: Sequence[str], references: References, lowercase: bool = False) -> float:
+    """sacrebleu's corpus chrF2, 0 to 100."""
+    return CHRF(lowercase=lowercase).corpus_score(list(responses), reference_streams(references)).score
+
+
+def corpus_metrics(responses: Sequence[str], references: References) -> dict[str, float]:
+    """Every metric that a table may show, rewarded or not. Means and corpus scores are 0 to 100, length is in words.
+
+    Without references only length, distinct-2 and repeated 4-grams are given.
+    """
+    metrics = {
+        "length_words": fmean(len(r.split()) for r in responses),
+        "distinct2": 100 * distinct_2(responses),
+        "repeated_4grams": 100 * fmean(repeated_4grams(responses)),
+    }
+    if any(not refs for refs in references):
+        return metrics
+    rouges = rouge(responses, references, ROUGE_TYPES)
+    return {
+        "bleu": corpus_bleu(responses, references),
+        **{kind: 100 * fmean(rouges[kind]) for kind in ROUGE_TYPES},
+        "chrf": corpus_chrf(responses, references),
+        **metrics,
+    }
+
+
+def reference_streams(references: References) -> list[list[str | None]]:
+    """sacrebleu's form: stream k holds everybody's reference number k, None where there are fewer."""
+    longest = max(len(refs) for refs in references)
+    return [[refs[k] if k < len(refs) else None for refs in references] for k in range(longest)]
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+@cache
+def _rouge_tokenizer() -> tokenizers.DefaultTokenizer:
+    return tokenizers.DefaultTokenizer(use_stemmer=False)
+
+
+@lru_cache(maxsize=65536)
+def _rouge_tokens(text: str) -> list[str]:
+    return _rouge_tokenizer().tokenize(text)
+
+
+class _CachedTokenizer(tokenizers.Tokenizer):
+    """rouge-score's own tokens; a reference is met many times in a run and split once."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _rouge_tokens(text)
