@@ -1,11 +1,12 @@
 """The command line: `lmdqn COMMAND --help` says what each command takes."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -40,7 +41,7 @@ ForModel = Annotated[
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Run a recipe: evaluate the start, warm-start if asked, learn by DQN, evaluate, save."""
     resolved = _load(recipe, overrides)
-    from lmdqn import pipeline
+    pipeline = _pipeline()
 
     _show_run(pipeline.train(resolved), samples=0)
 
@@ -57,7 +58,7 @@ def quickstart(
     from lmdqn.quickstart import quickstart_recipe
 
     recipe = quickstart_recipe(task, output or Path("runs") / f"quickstart_{task}", overrides or [])
-    from lmdqn import pipeline
+    pipeline = _pipeline()
 
     _show_run(pipeline.train(recipe), samples=3)
 
@@ -72,7 +73,7 @@ def evaluate(
 ) -> None:
     """Score a run's model, or any model, with greedy decoding and every metric."""
     resolved = _load_for_model(run_or_model, recipe, overrides)
-    from lmdqn import pipeline
+    pipeline = _pipeline()
     from lmdqn.results.tables import results_table, show
 
     evaluation, examples = pipeline.evaluate(run_or_model, resolved, split)
@@ -92,7 +93,7 @@ def generate(
 ) -> None:
     """Print a greedy response for each source, a line each."""
     resolved = _load_for_model(run_or_model, recipe, overrides)
-    from lmdqn import pipeline
+    pipeline = _pipeline()
 
     sources = list(source or [])
     if input is not None:
@@ -166,6 +167,7 @@ def recipes_copy(
 
 def main() -> None:
     """Run the command line; what the user can mend ends in one sentence and exit code 2."""
+    sys.path.append(os.getcwd())  # a reward of one's own may be named module:function
     with _told_in_one_sentence():
         app()
 
@@ -177,6 +179,17 @@ def _told_in_one_sentence() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"lmdqn: {error}", err=True)
         sys.exit(2)
+
+
+def _pipeline() -> Any:
+    """The heavy part, imported when it is needed; transformers' bars and warnings would bury our own lines."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from lmdqn import pipeline
+
+    return pipeline
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -161,23 +161,27 @@ def micro_batches(episodes: Sequence[Episode], layout: SequenceFormat, max_token
 
     A group that alone is over the limit makes a list of its own.
     """
-    sized = []
-    for members in _rows(episodes, True):
-        group = [episodes[i] for i in members]
-        prompt, responses = len(group[0].example.prompt_ids), [len(e.response_ids) for e in group]
-        shared = prompt + sum(responses) if layout.shares_prompts else (prompt + max(responses)) * len(group)
-        sized.append((shared, group))
-    sized.sort(key=lambda pair: pair[0])
-    batches: list[list[Episode]] = []
-    groups_in_last = 0
-    for tokens, group in sized:  # each group is the largest so far, so it sets the padded size of all
-        groups_in_last += 1
-        if batches and tokens * groups_in_last <= max_tokens:
-            batches[-1].extend(group)
+    groups = [[episodes[i] for i in members] for members in _rows(episodes, True)]
+    groups.sort(key=lambda group: _padded_tokens([group], layout))
+    batches: list[list[list[Episode]]] = []
+    for group in groups:
+        if batches and _padded_tokens([*batches[-1], group], layout) <= max_tokens:
+            batches[-1].append(group)
         else:
-            batches.append(list(group))
-            groups_in_last = 1
-    return batches
+            batches.append([group])
+    return [[episode for group in batch for episode in group] for batch in batches]
+
+
+def _padded_tokens(groups: Sequence[Sequence[Episode]], layout: SequenceFormat) -> int:
+    """Tokens of these groups as one batch, padding included; encoder and decoder together."""
+    prompts = [len(group[0].example.prompt_ids) for group in groups]
+    responses = [[len(e.response_ids) for e in group] for group in groups]
+    count = sum(len(group) for group in groups)
+    if layout.decoder_prefix is not None:
+        return max(prompts) * len(groups) + (len(layout.decoder_prefix) + max(map(max, responses))) * count
+    if layout.shares_prompts:
+        return max(p + sum(r) for p, r in zip(prompts, responses, strict=True)) * len(groups)
+    return max(p + max(r) for p, r in zip(prompts, responses, strict=True)) * count
 
 
 def _rows(episodes: Sequence[Episode], share: bool) -> list[list[int]]:

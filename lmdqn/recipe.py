@@ -1,10 +1,11 @@
 """The recipe: everything a run is told, as typed and validated data.
 
-This file is the one place for defaults. A field's description is at once the help text, the comment that
-`lmdqn recipes show --defaults` prints, and what an editor shows from the JSON schema.
+This file is the one place for defaults. A field's description is at once the help text and what an editor
+shows from the JSON schema.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -239,16 +240,16 @@ class Recipe(Section):
     """A whole run, from model and data to the folder that keeps the result."""
 
     seed: int = Field(0, ge=0, description="of every random generator in the run")
-    model: ModelSection
-    data: DataSection
-    reward: RewardSection = Field(default_factory=RewardSection)
+    model: ModelSection = Field(description="what is fine-tuned")
+    data: DataSection = Field(description="what it learns from and is measured on")
+    reward: RewardSection = Field(default_factory=RewardSection, description="what a good response is")
     warm_start: WarmStartSection | None = Field(None, description="an MLE phase on the references, before DQN")
-    rollout: RolloutSection = Field(default_factory=RolloutSection)
-    replay: ReplaySection = Field(default_factory=ReplaySection)
-    qlearning: QLearningSection = Field(default_factory=QLearningSection)
-    optimisation: OptimisationSection = Field(default_factory=OptimisationSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
-    output: OutputSection = Field(default_factory=OutputSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="how responses are sampled")
+    replay: ReplaySection = Field(default_factory=ReplaySection, description="which episodes an update sees")
+    qlearning: QLearningSection = Field(default_factory=QLearningSection, description="Q, its targets, loss and budget")
+    optimisation: OptimisationSection = Field(default_factory=OptimisationSection, description="how weights move")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="when and how it is measured")
+    output: OutputSection = Field(default_factory=OutputSection, description="where it is kept")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -261,6 +262,11 @@ class Recipe(Section):
                 raise ValueError("warm_start learns the references by heart: set data.references or drop warm_start")
             if self.replay.demonstrations:
                 raise ValueError("replay.demonstrations are references: set data.references, or 0 demonstrations")
+        metric = self.evaluation.metric
+        if metric not in METRICS:
+            raise ValueError(f"evaluation.metric: there is no metric {metric!r}{nearest(metric, METRICS)}")
+        if without_references and metric in METRICS_OF_REFERENCES:
+            raise ValueError(f"evaluation.metric={metric} compares with references: set data.references")
         if self.qlearning.baseline == "group" and self.rollout.samples + self.replay.demonstrations < 2:
             raise ValueError("qlearning.baseline=group needs rollout.samples of 2 or more: or use running")
         if self.qlearning.loss == "path" and self.rollout.samples + self.replay.demonstrations < 2:
@@ -268,7 +274,18 @@ class Recipe(Section):
         return self
 
 
+METRICS_OF_REFERENCES = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf")
+METRICS = ("reward", *METRICS_OF_REFERENCES, "length_words", "distinct2", "repeated_4grams")
 REWARD_TERMS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "length", "repetition")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-4 is one without a point, too."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -280,7 +297,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
@@ -326,7 +343,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r} must read key=value, such as qlearning.max_steps=200")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
     *parents, last = key.split(".")
@@ -341,7 +358,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(_key(problem["loc"]))
     if problem["type"] == "extra_forbidden":
         *parents, last = [str(part) for part in problem["loc"]]
         return f"unknown key {key!r}{nearest(last, _keys_at(parents))}"
@@ -350,6 +367,19 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def _key(loc: tuple[int | str, ...]) -> list[str]:
+    """A location without pydantic's marks of which member of a union was tried."""
+    section: type[BaseModel] | None = Recipe
+    for depth, part in enumerate(loc):
+        field = section.model_fields.get(str(part)) if section is not None else None
+        if field is None:
+            break
+        section = next(_sections_of(field.annotation), None)
+        if section is None and "dict" not in str(field.annotation):
+            return [str(part) for part in loc[: depth + 1]]
+    return [str(part) for part in loc]
 
 
 def _keys_at(parents: list[str]) -> list[str]:

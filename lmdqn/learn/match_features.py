@@ -22,8 +22,8 @@ def measure_matches(episodes: Sequence[Episode]) -> None:
 
     For a prefix of t tokens and references of m_r tokens with longest common subsequences c_r, the row holds: the
     best of c_r / m_r, of c_r / t and of 2 c_r / (t + m_r); for n = 1 .. 4 the share of the prefix's n-grams found
-    in the references (clipped as in BLEU); the length of the matching n-gram that ends the prefix, over 4; and
-    t over the references' mean length. Episodes without references keep None.
+    in the references (clipped as in BLEU; 1 where it has none); the length of the matching n-gram that ends the
+    prefix, over 4; and t over the references' mean length. Episodes without references keep None.
     """
     with_references = [e for e in episodes if e.example.reference_ids]
     if not with_references:
@@ -81,7 +81,7 @@ def _ngram_features(episode: Episode) -> list[list[float]]:
                 used[gram] += 1
                 matched[n - 1] += 1
                 ending = n
-        precision = [m / max(1, t - n) for n, m in enumerate(matched)]
+        precision = [m / (t - n) if t > n else 1.0 for n, m in enumerate(matched)]
         rows.append([*precision, ending / LONGEST_NGRAM, t / mean_length])
     return rows
 

@@ -157,7 +157,7 @@ class Trainer:
 
         optimisation = recipe.optimisation
         warmup = optimisation.warmup_steps / max(1, recipe.qlearning.max_steps)
-        factor = rate_factor(optimisation.schedule, budget.progress(self.step), warmup)
+        factor = rate_factor(optimisation.schedule, budget.progress(self.step + 1), warmup)
         norm = self.optimiser.update(batches, loss_of, factor)
         self.updates += 1
         self.networks.track(self.updates, recipe.qlearning.target_polyak, recipe.qlearning.target_copy_every)
@@ -180,7 +180,7 @@ class Trainer:
 
     def _next_examples(self, count: int) -> list[Example]:
         """The next prompts of an endless walk over shuffled training examples."""
-        if len(self._prompt_order) < count:
+        while len(self._prompt_order) < count:
             self._prompt_order += torch.randperm(len(self.examples), generator=self.generators.prompts).tolist()
         chosen, self._prompt_order = self._prompt_order[:count], self._prompt_order[count:]
         return [self.examples[i] for i in chosen]

@@ -50,7 +50,7 @@ def warm_start(
     with tracker.phase("MLE", budget.max_steps, budget.max_seconds), torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # dropout
         while not budget.spent(step):
-            if len(order) < settings.batch_examples:
+            while len(order) < settings.batch_examples:
                 order += torch.randperm(len(lessons), generator=generator).tolist()
             batch, order = order[: settings.batch_examples], order[settings.batch_examples :]
             episodes = [episode for i in batch for episode in lessons[i]]

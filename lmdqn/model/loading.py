@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -136,8 +138,8 @@ def scratch_config(scratch: FromScratch, tokenizer: Any) -> PreTrainedConfig:
         fields |= {"decoder_start_token_id": ids["pad"], "forced_bos_token_id": None, "forced_eos_token_id": None}
     try:
         return AutoConfig.for_model(scratch.family, **fields, **scratch.config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.from_scratch.config: {_first_sentence(error)}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.from_scratch.config: {' '.join(str(error).split())}") from error
 
 
 def hidden_size(model: Any) -> int:
@@ -172,6 +174,8 @@ def _load_tokenizer(section: ModelSection) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer of {section.name}: {_first_sentence(error)}") from error
+    if not tokenizer("a").input_ids or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"cannot load the tokenizer of {section.name}: its files are missing")
     for role in ("eos_token", "pad_token"):
         wanted = getattr(section, role)
         if wanted is not None:
@@ -196,7 +200,7 @@ def _load_pretrained(section: ModelSection, config: PreTrainedConfig) -> PreTrai
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {section.name}: {_first_sentence(error)}") from error
     head = model.get_output_embeddings()
     missing = {name for name in report["missing_keys"] if model.get_submodule(name.rpartition(".")[0]) is head}

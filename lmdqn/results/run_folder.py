@@ -36,8 +36,8 @@ class RunFolder:
             UserError: the folder holds something and `output.overwrite` is off, or is not a run that may go.
         """
         path = Path(output.dir)
-        if path.is_file():
-            raise UserError(f"output.dir {path} is a file")
+        if blocking := next((p for p in (path, *path.parents) if p.is_file()), None):
+            raise UserError(f"output.dir {path} cannot be made: {blocking} is a file")
         if path.is_dir() and any(path.iterdir()):
             if not output.overwrite:
                 raise UserError(f"{path} already holds a run: choose another output.dir, or set output.overwrite=true")

@@ -1,5 +1,6 @@
 """Reading examples: JSONL, CSV, Parquet, folders saved by `datasets`, and the hub, into source and references."""
 
+import csv
 import json
 import string
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from lmdqn.errors import UserError
 from lmdqn.recipe import DataSection, nearest
 
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]  # where it stands, for errors, and the row
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -45,7 +47,7 @@ def load_pairs(data: DataSection, split: str, seed: int) -> list[Pair]:
             split, or a hub data set that cannot be reached.
     """
     origin, rows = _read_rows(data, getattr(data.splits, split))
-    pairs = list(_pairs(rows, data, origin))
+    pairs = [pair for where, row in rows for pair in _pairs_of(row, data, where)]
     if data.merge_references:
         pairs = _merge_equal_prompts(pairs, data.prompt or "{source}")
     if not pairs:
@@ -56,25 +58,27 @@ def load_pairs(data: DataSection, split: str, seed: int) -> list[Pair]:
     return pairs[: getattr(data.limits, split)]
 
 
-def _read_rows(data: DataSection, split: str) -> tuple[str, list[Row]]:
-    """What the rows are called in errors, and the rows."""
+def _read_rows(data: DataSection, split: str) -> tuple[str, list[PlacedRow]]:
+    """What the split is called in errors, and its rows."""
     if data.hub is not None:
-        return f"{data.hub} [{split}]", _read_hub(data, split)
+        origin = f"{data.hub} [{split}]"
+        return origin, _placed(origin, _read_hub(data, split))
     if data.path is None:
         raise UserError("the recipe names no data: set data.path=FOLDER (or data.hub)")
     folder = Path(data.path)
     if not folder.is_dir():
         raise UserError(f"data.path {folder} is not a folder of {split}.jsonl (or .csv, .parquet) files")
     if (folder / "dataset_dict.json").exists():
-        return f"{folder} [{split}]", _read_saved(folder, split)
+        origin = f"{folder} [{split}]"
+        return origin, _placed(origin, _read_saved(folder, split))
     for suffix in SUFFIXES:
         file = folder / f"{split}{suffix}"
         if file.exists():
-            return str(file), _read_jsonl(file) if suffix == ".jsonl" else _read_table(file)
+            return str(file), _read_jsonl(file) if suffix == ".jsonl" else _placed(str(file), _read_table(file))
     raise UserError(f"{folder} has no {split}.jsonl, {split}.csv or {split}.parquet")
 
 
-def _read_jsonl(file: Path) -> list[Row]:
+def _read_jsonl(file: Path) -> list[PlacedRow]:
     rows = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -87,20 +91,39 @@ def _read_jsonl(file: Path) -> list[Row]:
                 raise UserError(f"{file}, line {number}: not valid JSON ({reason})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number}: must be an object of columns, not {type(row).__name__}")
-            rows.append(row)
+            rows.append((f"{file}, line {number}", row))
     return rows
 
 
+def _placed(origin: str, rows: list[Row]) -> list[PlacedRow]:
+    return [(f"{origin}, row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
 def _read_table(file: Path) -> list[Row]:
+    return _read_csv(file) if file.suffix == ".csv" else _read_parquet(file)
+
+
+def _read_csv(file: Path) -> list[Row]:
+    """Every cell as text: nothing is guessed to be a date or a number."""
+    csv.field_size_limit(2**31 - 1)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            if not reader.fieldnames:
+                raise UserError(f"{file} is not valid CSV: it has no header")
+            return list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not valid CSV: line {reader.line_num}: {error}") from error
+
+
+def _read_parquet(file: Path) -> list[Row]:
     import pyarrow
-    import pyarrow.csv
     import pyarrow.parquet
 
-    read = pyarrow.csv.read_csv if file.suffix == ".csv" else pyarrow.parquet.read_table
     try:
-        return read(file).to_pylist()
+        return pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file} is not valid {file.suffix[1:].upper()}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} is not valid Parquet: {' '.join(str(error).split())}") from error
 
 
 def _read_saved(folder: Path, split: str) -> list[Row]:
@@ -124,23 +147,22 @@ def _read_hub(data: DataSection, split: str) -> list[Row]:
         raise UserError(f"cannot load {data.hub} [{split}] from the hub or its cache: {reason}") from error
 
 
-def _pairs(rows: list[Row], data: DataSection, origin: str) -> Iterator[Pair]:
-    for number, row in enumerate(rows, start=1):
-        where = f"{origin}, {'line' if origin.endswith('.jsonl') else 'row'} {number}"
-        if data.conversation is not None:
-            turns = _turns(_column(row, data.conversation.column, where), where)
-            for reply in range(1, len(turns)):
-                yield _dialogue_pair(turns[max(0, reply - data.conversation.history) : reply], turns[reply][1], row)
-            continue
-        source = _column(row, data.source, where)
-        references = () if data.references is None else _references(_column(row, data.references, where), where)
-        if isinstance(source, list):
-            turns = _turns(source, where)
-            yield Pair("\n".join(text for _, text in turns), references, row, turns)
-        elif isinstance(source, str):
-            yield Pair(source, references, row)
-        else:
-            raise UserError(f"{where}: column {data.source!r} must hold text, not {type(source).__name__}")
+def _pairs_of(row: Row, data: DataSection, where: str) -> Iterator[Pair]:
+    """The row's pair; of a whole conversation, one for each reply."""
+    if data.conversation is not None:
+        turns = _turns(_column(row, data.conversation.column, where), where)
+        for reply in range(1, len(turns)):
+            yield _dialogue_pair(turns[max(0, reply - data.conversation.history) : reply], turns[reply][1], row)
+        return
+    source = _column(row, data.source, where)
+    references = () if data.references is None else _references(_column(row, data.references, where), where)
+    if isinstance(source, list):
+        turns = _turns(source, where)
+        yield Pair("\n".join(text for _, text in turns), references, row, turns)
+    elif isinstance(source, str):
+        yield Pair(source, references, row)
+    else:
+        raise UserError(f"{where}: column {data.source!r} must hold text, not {type(source).__name__}")
 
 
 def _column(row: Row, name: str, where: str) -> Any:
@@ -167,7 +189,10 @@ def _turns(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     if all(isinstance(turn, str) for turn in value):
         roles = ["user" if (len(value) - i) % 2 else "assistant" for i in range(len(value))]
         return tuple(zip(roles, value, strict=True))
-    if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+    if all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in value
+    ):
         return tuple((turn["role"], turn["content"]) for turn in value)
     raise UserError(f"{where}: each turn must be text, or an object with role and content")
 

@@ -45,12 +45,14 @@ def rouge(responses: Sequence[str], references: References, kinds: Sequence[str]
 
 
 def length_match(responses: Sequence[str], references: References) -> list[float]:
-    """Words of the response over words of the reference nearest in length, the smaller by the larger: 1 is equal."""
+    """Words of the response and mean words of its references, the smaller over the larger: 1 is equal.
+
+    Best-over-references metrics are easiest to please by the shortest reference; this pulls towards the usual length.
+    """
     matches = []
     for response, refs in zip(responses, references, strict=True):
-        words = len(response.split())
-        nearest = min((len(r.split()) for r in refs), key=lambda n: abs(n - words))
-        matches.append(min(words, nearest) / max(words, nearest, 1))
+        words, usual = len(response.split()), fmean(len(r.split()) for r in refs)
+        matches.append(min(words, usual) / max(words, usual, 1))
     return matches
 
 

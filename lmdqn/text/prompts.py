@@ -37,7 +37,8 @@ def encode_examples(
 ) -> tuple[list[Example], CutReport]:
     """Tokenise pairs for the model.
 
-    A prompt over `data.max_prompt_tokens` loses the end or start of its *source*, never of its template; a
+    A prompt over `data.max_prompt_tokens` loses the end or start of its *source*, never of its template (a chat of
+    several turns loses its oldest turns first); a
     reference over `data.max_response_tokens` loses its end and with it its EOS.
 
     Raises:
@@ -45,9 +46,15 @@ def encode_examples(
             `data.chat` is set, or a prompt does not fit the model's context.
     """
     template = data.prompt or ("{source}" if layout.is_seq2seq or data.chat else "{source}\n")
-    _check_template(template, pairs[0], data, tokenizer)
+    for pair in pairs:
+        _check_template(template, pair, data, tokenizer)
     room = None
     if layout.context_tokens is not None:
+        if data.max_response_tokens + len(layout.decoder_prefix or ()) > layout.context_tokens:
+            raise UserError(
+                f"data.max_response_tokens={data.max_response_tokens} is more than the model's context of "
+                f"{layout.context_tokens} tokens has room for"
+            )
         room = layout.context_tokens - (0 if layout.is_seq2seq else data.max_response_tokens)
     cuts = CutReport()
     examples = []
@@ -72,6 +79,8 @@ def _check_template(template: str, pair: Pair, data: DataSection, tokenizer: Tok
     for name in names:
         if name not in columns:
             raise UserError(f"data.prompt {template!r}: no column {name!r}{nearest(name, columns)}")
+    if data.chat and data.prompt is not None and pair.turns:
+        raise UserError("data.prompt is a template for one text: drop it, as data.chat wraps these turns by itself")
     if data.chat and not tokenizer.chat_template:
         raise UserError("data.chat is set, but this model's tokenizer has no chat template: write data.prompt instead")
 
@@ -85,9 +94,11 @@ def _encode_prompt(
     def tokenise(text: str) -> list[int]:
         if not data.chat:
             return list(tokenizer(text).input_ids)
+        return tokenise_turns(pair.turns or [("user", text)])
+
+    def tokenise_turns(turns: Sequence[tuple[str, str]]) -> list[int]:
         system = [{"role": "system", "content": data.system}] if data.system else []
-        earlier = [{"role": role, "content": said} for role, said in (pair.turns or ())]
-        messages = system + (earlier or [{"role": "user", "content": text}])
+        messages = system + [{"role": role, "content": said} for role, said in turns]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     prompt = render(pair.source)
@@ -96,7 +107,13 @@ def _encode_prompt(
         return prompt, ids
     before = len(ids)
     if data.chat and pair.turns:
-        ids = ids[-data.max_prompt_tokens :]
+        turns = list(pair.turns)
+        while len(ids) > data.max_prompt_tokens and len(turns) > 1:
+            del turns[0]
+            ids = tokenise_turns(turns)
+        if len(ids) > data.max_prompt_tokens:
+            role, said = turns[0]
+            _, ids = _shorten(said, data, tokenizer, lambda piece: (piece, tokenise_turns([(role, piece)])))
     else:
         prompt, ids = _shorten(pair.source, data, tokenizer, lambda source: (render(source), tokenise(render(source))))
     cuts.prompts += 1
@@ -109,11 +126,19 @@ def _shorten(
 ) -> tuple[str, list[int]]:
     """The prompt with the longest piece of the source that fits; pieces are whole tokens of the source."""
     assert data.max_prompt_tokens is not None
-    source_ids = tokenizer(source, add_special_tokens=False).input_ids
-    keep = len(source_ids)
+    if not tokenizer.is_fast:
+        raise UserError("data.max_prompt_tokens needs a fast tokenizer: this model's cannot say where tokens begin")
+    offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    keep = len(offsets)
     while True:
-        piece = source_ids[:keep] if data.cut == "end" else source_ids[len(source_ids) - keep :]
-        prompt, ids = encode(tokenizer.decode(piece, skip_special_tokens=True))
+        if keep == 0:
+            piece = ""
+        elif data.cut == "end":
+            piece = source[: offsets[keep][0] if keep < len(offsets) else None]
+        else:
+            begin = len(offsets) - keep
+            piece = source[offsets[begin - 1][1] if begin else 0 :]
+        prompt, ids = encode(piece)
         excess = len(ids) - data.max_prompt_tokens
         if excess <= 0:
             return prompt, ids

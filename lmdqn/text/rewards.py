@@ -65,7 +65,7 @@ def _load_function(name: str) -> RewardFunction:
     origin, _, attribute = name.rpartition(":")
     try:
         module = _load_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
-    except (ImportError, SyntaxError, OSError) as error:
+    except (ImportError, SyntaxError, OSError, ValueError, TypeError) as error:
         raise UserError(f"reward.mix term {name!r}: cannot load {origin} ({error})") from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -94,7 +94,10 @@ def _call_own(
     sources: Sequence[str],
 ) -> list[float]:
     scores = function(responses=list(responses), references=[list(refs) for refs in references], sources=list(sources))
-    scores = [float(score) for score in scores]
+    try:
+        scores = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward {name!r} must give a list of numbers, one for each response ({error})") from error
     if len(scores) != len(responses):
         raise UserError(f"reward {name!r} gave {len(scores)} scores for {len(responses)} responses")
     for response, score in zip(responses, scores, strict=True):

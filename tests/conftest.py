@@ -1,0 +1,84 @@
+"""What the tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+# --- recipes and data -------------------------------------------------------------------------------------------
+
+Rows = Sequence[dict[str, Any]]
+ROWS: Rows = [{"source": f"copy the word {word}", "references": [word]} for word in ("one", "two", "three")]
+
+
+@pytest.fixture
+def write_data(tmp_path: Path) -> Callable[..., Path]:
+    """`write_data(rows, **splits)`: a folder of JSONL splits, `rows` wherever a split is not given its own."""
+
+    def write(rows: Rows = ROWS, **splits: Rows) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        for split in ("train", "validation", "test"):
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in splits.get(split, rows)]
+            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[Any], Path]:
+    """`write_recipe(tree)`: a YAML file that holds the tree."""
+
+    def write(tree: Any) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+        return file
+
+    return write
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+class Ran(NamedTuple):
+    """How the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`command_line("train", recipe, ...)`: `lmdqn train recipe ...`, in this process."""
+    from lmdqn.cli import main
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["lmdqn", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+# --- tokenizers and models ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def byte_tokenizer() -> Any:
+    """A tokenizer that knows only single bytes: as many tokens as ASCII characters. Pad is 0, <s> 1, EOS 2."""
+    from lmdqn.model.loading import train_tokenizer
+
+    return train_tokenizer([], 300)

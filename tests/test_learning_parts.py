@@ -1,0 +1,107 @@
+"""The budget's clock and the course of the learning rate."""
+
+import time
+
+import pytest
+
+from lmdqn.learn.budget import Budget
+from lmdqn.learn.optimisation import rate_factor
+
+
+class Clock:
+    """Stands in for `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def test_seconds_leave_pauses_out(clock: Clock) -> None:
+    budget = Budget(10, None)
+    clock.now_s += 3
+    with budget.paused():
+        clock.now_s += 100
+    clock.now_s += 2
+    with budget.paused():
+        clock.now_s += 50
+    assert budget.seconds == 5
+
+
+def test_progress_is_that_of_the_nearer_limit(clock: Clock) -> None:
+    budget = Budget(max_steps=10, max_seconds=20)
+    assert budget.progress(0) == 0
+    assert budget.progress(3) == 0.3
+    clock.now_s += 8
+    assert budget.progress(3) == 0.4
+    assert budget.progress(5) == 0.5
+
+
+def test_steps_spend_the_budget(clock: Clock) -> None:
+    budget = Budget(max_steps=10, max_seconds=None)
+    clock.now_s += 1e9
+    assert not budget.spent(9)
+    assert budget.spent(10)
+    assert budget.progress(11) == 1
+
+
+def test_seconds_of_work_spend_the_budget(clock: Clock) -> None:
+    budget = Budget(max_steps=10, max_seconds=20)
+    clock.now_s += 19
+    with budget.paused():
+        clock.now_s += 19
+    assert not budget.spent(1)
+    clock.now_s += 1
+    assert budget.spent(1)
+    clock.now_s += 100
+    assert budget.progress(1) == 1
+
+
+def test_a_budget_of_no_steps_is_spent(clock: Clock) -> None:
+    assert Budget(0, None).spent(0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("progress", "factor"), [(0.0, 0.0), (0.05, 0.25), (0.15, 0.75)])
+def test_the_rate_rises_linearly(schedule: str, progress: float, factor: float) -> None:
+    assert rate_factor(schedule, progress, warmup=0.2) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "factor"),
+    [
+        ("constant", 0.2, 1.0),
+        ("constant", 0.6, 1.0),
+        ("constant", 1.0, 1.0),
+        ("linear", 0.2, 1.0),
+        ("linear", 0.4, 0.75),
+        ("linear", 0.6, 0.5),
+        ("linear", 1.0, 0.0),
+        ("cosine", 0.2, 1.0),
+        ("cosine", 0.2 + 0.8 / 3, 0.75),  # (1 + cos 60°) / 2
+        ("cosine", 0.6, 0.5),
+        ("cosine", 1.0, 0.0),
+    ],
+)
+def test_the_rate_after_its_peak(schedule: str, progress: float, factor: float) -> None:
+    assert rate_factor(schedule, progress, warmup=0.2) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(("schedule", "half_way"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_the_rate_without_a_rise(schedule: str, half_way: float) -> None:
+    assert rate_factor(schedule, 0.0, warmup=0.0) == 1
+    assert rate_factor(schedule, 0.5, warmup=0.0) == pytest.approx(half_way)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_rise_over_the_whole_budget(schedule: str) -> None:
+    assert rate_factor(schedule, 0.5, warmup=1.0) == 0.5
+    assert rate_factor(schedule, 1.0, warmup=1.0) == 1.0

@@ -1,0 +1,145 @@
+"""What must hold of the losses on a real network: offsets change nothing, step 0 is known, gradients go one way."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch
+from lmdqn.learn.objective import loss_terms, q_loss
+from lmdqn.model.qnetwork import StateOutputs
+from lmdqn.recipe import QLearningSection
+
+BETA = 0.5
+LAYOUT = SequenceFormat(pad_id=0, eos_ids=(1,), decoder_prefix=None, context_tokens=None)
+DUELING = QLearningSection(beta=BETA, trace=0.7)
+PATH = QLearningSection(beta=BETA, loss="path")
+CLASSIC = QLearningSection(beta=BETA, form="classic")
+
+
+class FakeNetwork(nn.Module):
+    """Given logits (N, V) and values (N,) for the states of one batch, with an optional offset c(s)."""
+
+    def __init__(self, states: int, seed: int, offset: float = 0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = nn.Parameter(torch.randn(states, 7, generator=generator))
+        self.values = nn.Parameter(torch.randn(states, generator=generator))
+        self.offset = offset * torch.randn(states, 1, generator=generator)
+
+    def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
+        return StateOutputs(self.logits + self.offset, self.values)
+
+
+def two_groups() -> Batch:
+    """Two groups of two; the second episode is truncated. Rewards are centred by hand below."""
+    example = Example("", ("",), (5, 6), (), "")
+    episodes = [
+        Episode(example, [2, 3, 1], False, 0),
+        Episode(example, [4, 2], True, 0),
+        Episode(example, [1], False, 1),
+        Episode(example, [3, 3, 2, 1], False, 1),
+    ]
+    for i, episode in enumerate(episodes):
+        episode.reward, episode.baseline = [0.9, 0.3, 0.0, 0.4][i], [0.6, 0.6, 0.2, 0.2][i]
+        episode.reference_log_probs = torch.full((len(episode.response_ids),), -1.5)
+    return make_batch(episodes, LAYOUT)
+
+
+def fake(batch: Batch, seed: int, offset: float = 0.0) -> Any:
+    """Stands in for a QNetwork."""
+    return FakeNetwork(int(batch.state_mask.sum()), seed, offset)
+
+
+@pytest.mark.parametrize("recipe", [DUELING, PATH])
+def test_an_offset_of_each_states_logits_changes_no_loss(recipe: QLearningSection) -> None:
+    batch = two_groups()
+    plain = q_loss(batch, fake(batch, 1), fake(batch, 2), recipe)
+    shifted = q_loss(batch, fake(batch, 1, offset=30.0), fake(batch, 2, offset=30.0), recipe)
+    torch.testing.assert_close(plain.loss, shifted.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_the_classic_form_does_depend_on_offsets() -> None:
+    """The trap: so the test above can fail."""
+    batch = two_groups()
+    plain = q_loss(batch, fake(batch, 1), fake(batch, 2), CLASSIC)
+    shifted = q_loss(batch, fake(batch, 1, offset=30.0), fake(batch, 2, offset=30.0), CLASSIC)
+    assert (plain.loss - shifted.loss).abs().item() > 1.0
+
+
+def at_the_start(batch: Batch) -> tuple[Any, Batch]:
+    """A network with V = 0, and the batch as that network's own reference sees it."""
+    network = fake(batch, 1)
+    network.values.data.zero_()
+    log_probs = network(batch).logits.log_softmax(-1).gather(1, batch.actions[:, None]).squeeze(1)
+    return network, replace(batch, reference_log_probs=batch.at_tokens(log_probs).detach())
+
+
+def test_at_step_0_the_path_residual_is_group_mean_minus_reward_over_beta() -> None:
+    """With all log-ratios zero the closed-form V(s_1) is the group's mean reward."""
+    batch = two_groups()
+    network, batch = at_the_start(batch)
+    learnt = q_loss(batch, network, network, PATH)
+    expected = -torch.tensor([0.9 - 0.6, 0.3 - 0.6, 0.0 - 0.2, 0.4 - 0.2]) / BETA
+    torch.testing.assert_close(learnt.residuals[:, 0], expected)
+
+
+def test_at_step_0_the_dueling_residual_is_minus_the_discounted_reward_over_beta() -> None:
+    """Lambda 1, V = 0 and pi = pi_0: every token of an episode has the residual -(R - b) / beta."""
+    batch = two_groups()
+    network, batch = at_the_start(batch)
+    learnt = q_loss(batch, network, network, QLearningSection(beta=BETA, trace=1.0))
+    centred = batch.rewards.sum(1, keepdim=True)
+    torch.testing.assert_close(learnt.residuals, -centred / BETA * batch.response_mask)
+
+
+def test_the_classic_residual_by_hand() -> None:
+    """One-token episode: Q(s, a) - R. Two tokens: Q(s_1, a_1) - max Qbar(s_2), then Q(s_2, a_2) - R."""
+    example = Example("", ("",), (5,), (), "")
+    episodes = [Episode(example, [3, 1], False, 0)]
+    episodes[0].reward = 0.25
+    batch = make_batch(episodes, LAYOUT)
+    online, target = fake(batch, 3), fake(batch, 4)
+    learnt = q_loss(batch, online, target, CLASSIC)
+    q, q_bar = online(batch).logits, target(batch).logits
+    expected = torch.stack([q[0, 3] - q_bar[1].max(), q[1, 1] - 0.25])[None]
+    torch.testing.assert_close(learnt.residuals, expected.detach())
+
+
+@pytest.mark.parametrize("recipe", [DUELING, PATH, CLASSIC])
+def test_the_gradient_reaches_the_online_network_alone(recipe: QLearningSection) -> None:
+    batch = two_groups()
+    online, target = fake(batch, 1), fake(batch, 2)
+    q_loss(batch, online, target, recipe).loss.backward()
+    assert online.logits.grad.abs().sum() > 0
+    assert target.logits.grad is None
+    assert target.values.grad is None
+
+
+@pytest.mark.parametrize("recipe", [DUELING, PATH, CLASSIC])
+def test_micro_batches_of_whole_groups_add_up(recipe: QLearningSection) -> None:
+    """The loss of the batch is the sum of its groups' losses, and so are the numbers of residuals."""
+    whole = two_groups()
+    online, target = fake(whole, 1), fake(whole, 2)
+    total = q_loss(whole, online, target, recipe)
+    parts = [_rows(whole, slice(0, 2)), _rows(whole, slice(2, 4))]
+    states = [int(part.state_mask.sum()) for part in parts]
+    losses = []
+    for part, span in zip(parts, (slice(0, states[0]), slice(states[0], sum(states))), strict=True):
+        sliced = [fake(part, 0), fake(part, 0)]
+        for piece, full in zip(sliced, (online, target), strict=True):
+            piece.logits.data = full.logits.data[span]
+            piece.values.data = full.values.data[span]
+        losses.append(q_loss(part, sliced[0], sliced[1], recipe).loss)
+    torch.testing.assert_close(total.loss, torch.stack(losses).sum())
+    assert loss_terms(whole, recipe) == sum(loss_terms(part, recipe) for part in parts)
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    def cut(name: str) -> Tensor:
+        return getattr(batch, name)[rows]
+
+    names = ("response_ids", "response_mask", "state_mask", "rewards", "reference_log_probs", "groups")
+    return replace(batch, **{name: cut(name) for name in names})

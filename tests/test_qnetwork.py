@@ -1,0 +1,146 @@
+"""The three networks: equal at the start, still until told, an adapter each under LoRA, and saved as they answer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from lmdqn.episodes import MATCH_FEATURES, Batch, Episode, Example, make_batch
+from lmdqn.model.loading import LoadedModel, load_model, load_trained
+from lmdqn.model.qnetwork import Networks, trained_parameters
+from lmdqn.recipe import Lora, ModelSection, OutputSection, validate
+from lmdqn.results.run_folder import RunFolder
+
+SIZES = {
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+}
+
+
+def scratch(family: str) -> LoadedModel:
+    tree = {"from_scratch": {"family": family, "vocabulary_size": 300, "config": SIZES[family]}}
+    section = validate({"model": tree, "data": {"path": "."}}, "test").model
+    return load_model(section, ["the cat sat on the mat"] * 5, seed=0, max_response_tokens=8)
+
+
+@pytest.fixture(params=["gpt2", "t5", "gpt2 lora", "t5 lora"])
+def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedModel:
+    family, _, lora = request.param.partition(" ")
+    plain = scratch(family)
+    if not lora:
+        return plain
+    base = tmp_path / "base"
+    plain.model.save_pretrained(base)
+    plain.tokenizer.save_pretrained(base)
+    section = ModelSection(name=str(base), lora=Lora(rank=4, target_modules="all-linear"))
+    return load_model(section, (), seed=0, max_response_tokens=8)
+
+
+def a_batch(loaded: LoadedModel) -> Batch:
+    example = Example("", (), tuple(loaded.tokenizer("the cat").input_ids), (), "")
+    eos = loaded.tokenizer.eos_token_id
+    return make_batch([Episode(example, [7, 8, eos], False, 0), Episode(example, [9, eos], False, 0)], loaded.layout)
+
+
+def nudge(networks: Networks) -> None:
+    """A step of plain gradient ascent on everything that learns."""
+    with torch.no_grad():
+        for parameter in [*trained_parameters(networks.online), *networks.online.value_head.parameters()]:
+            parameter.add_(0.1 * torch.ones_like(parameter))
+
+
+def test_the_target_moves_only_when_it_is_told(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    batch = a_batch(loaded)
+    before = networks.target(batch)
+    torch.testing.assert_close(networks.online(batch).logits, before.logits)
+    assert (before.values == 0).all()
+    nudge(networks)
+    torch.testing.assert_close(networks.target(batch).logits, before.logits, rtol=0, atol=0)
+    assert not torch.allclose(networks.online(batch).logits, before.logits)
+    networks.track(update=1, polyak=None, copy_every=2)
+    torch.testing.assert_close(networks.target(batch).logits, before.logits, rtol=0, atol=0)
+    networks.track(update=2, polyak=None, copy_every=2)
+    for mine, online in zip(networks.target(batch), networks.online(batch), strict=True):
+        torch.testing.assert_close(mine, online)
+    torch.testing.assert_close(networks.reference(batch).logits, before.logits, rtol=0, atol=0)
+
+
+def test_polyak_moves_the_target_by_the_given_share(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    before = {name: weight.clone() for name, weight in networks.target.weights().items()}
+    nudge(networks)
+    networks.track(update=1, polyak=0.25, copy_every=None)
+    online = networks.online.weights()
+    assert before.keys() == online.keys()
+    for name, weight in networks.target.weights().items():
+        torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * online[name])
+
+
+def test_gradients_reach_the_online_network_alone(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    batch = a_batch(loaded)
+    networks.target(batch)
+    outputs = networks.online(batch)
+    (outputs.logits.square().mean() + (outputs.values - 1).square().mean()).backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(networks.online))
+    for follower in (networks.target, networks.reference):
+        assert all(p.grad is None for p in follower.weights().values())
+
+
+def test_the_value_head_sends_no_gradient_into_the_language_model(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    nudge(networks)
+    networks.online(a_batch(loaded)).values.sum().backward()
+    assert all(p.grad is None for p in trained_parameters(networks.online))
+    assert networks.online.value_head.outer.weight.grad is not None
+
+
+def test_the_value_head_sees_match_features(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    nudge(networks)
+    batch = a_batch(loaded)
+    before = networks.online(batch).values
+    batch.match_features[..., MATCH_FEATURES - 1] = 1.0
+    assert not torch.allclose(networks.online(batch).values, before)
+
+
+def test_under_lora_the_base_is_held_once(loaded: LoadedModel) -> None:
+    is_lora = hasattr(loaded.model, "peft_config")
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    assert (networks.online.model is networks.target.model) == is_lora
+    assert (networks.online.model is networks.reference.model) == is_lora
+    if is_lora:
+        trained = {id(p) for p in trained_parameters(networks.online)}
+        assert trained == {id(p) for n, p in networks.online.weights().items() if not n.startswith("value_head")}
+
+
+def test_what_is_saved_answers_as_the_target_does_and_holds_its_value_head(loaded: LoadedModel, tmp_path: Path) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    nudge(networks)
+    networks.track(1, 0.5, None)
+    folder = RunFolder.check(OutputSection(dir=str(tmp_path / "run")))
+    folder.path.mkdir()
+    folder.save_model(networks.target, loaded.tokenizer, folder.model)
+    again = load_trained(folder.model)
+    assert again.layout.eos_ids == loaded.layout.eos_ids
+    plain = _plain(folder.model, loaded.layout.is_seq2seq)
+    ids = torch.tensor([[5, 6, 7]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if loaded.layout.is_seq2seq else {})
+    with torch.no_grad(), networks.target.active() as model:
+        torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits)
+    saved_head = load_file(folder.model / "value_head.safetensors")
+    for name, weight in networks.target.value_head.state_dict().items():
+        torch.testing.assert_close(saved_head[name], weight)
+
+
+def _plain(folder: Path, seq2seq: bool) -> torch.nn.Module:
+    """The saved model as a user would load it."""
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    if (folder / "adapter_config.json").exists():
+        base = folder.parent.parent / "base"
+        return PeftModel.from_pretrained(auto.from_pretrained(base), str(folder)).eval()
+    return auto.from_pretrained(folder).eval()

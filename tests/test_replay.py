@@ -1,0 +1,119 @@
+"""The replay: what stays, and what a batch is drawn from."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lmdqn.episodes import Episode, Example
+from lmdqn.learn.replay import Group, Replay
+
+EXAMPLE = Example("", (), (5,), (), "")
+
+
+def rollout(*groups: int, size: int = 2) -> list[Group]:
+    """Groups of `size` episodes, by their numbers."""
+    return [[Episode(EXAMPLE, [7, 2], truncated=False, group=group) for _ in range(size)] for group in groups]
+
+
+def filled(*rollouts: list[Group], capacity: int = 1000) -> Replay:
+    replay = Replay(capacity)
+    for groups in rollouts:
+        replay.add(groups)
+    return replay
+
+
+def drawn(replay: Replay, groups: int, fresh_share: float, seed: int = 0) -> list[Episode]:
+    return replay.sample(groups, fresh_share, torch.Generator().manual_seed(seed))
+
+
+def held(replay: Replay) -> set[int]:
+    """The numbers of all groups."""
+    return {episode.group for episode in drawn(replay, 1000, 0.5)}
+
+
+def test_it_counts_episodes() -> None:
+    assert len(Replay(10)) == 0
+    assert len(filled(rollout(0, 1, size=3), rollout(2, size=4))) == 10
+
+
+def test_the_oldest_groups_leave_first() -> None:
+    replay = filled(rollout(0, 1, 2), rollout(3, 4), capacity=8)
+    assert held(replay) == {1, 2, 3, 4}
+    replay.add(rollout(5))
+    assert held(replay) == {2, 3, 4, 5}
+    assert len(replay) == 8
+
+
+def test_what_just_fits_stays() -> None:
+    assert held(filled(rollout(0, 1), rollout(2), capacity=6)) == {0, 1, 2}
+
+
+def test_a_whole_group_leaves_though_one_episode_is_too_many() -> None:
+    replay = filled(rollout(0, size=3), rollout(1, size=3), rollout(2, size=3), capacity=8)
+    assert held(replay) == {1, 2}
+    assert len(replay) == 6
+
+
+def test_the_newest_rollout_stays_even_over_capacity() -> None:
+    replay = filled(rollout(0), rollout(1, 2, 3, size=4), capacity=5)
+    assert held(replay) == {1, 2, 3}
+    assert len(replay) == 12
+    replay.add(rollout(4))
+    assert held(replay) == {4}
+
+
+@pytest.mark.parametrize("fresh_share", [0.0, 0.5, 1.0])
+def test_groups_are_whole_and_none_comes_twice(fresh_share: float) -> None:
+    replay = filled(rollout(*range(6), size=3), rollout(*range(6, 12), size=3))
+    for seed in range(50):
+        counts = Counter(id(episode) for episode in drawn(replay, 5, fresh_share, seed))
+        groups = Counter(episode.group for episode in drawn(replay, 5, fresh_share, seed))
+        assert set(counts.values()) == {1}
+        assert len(groups) == 5
+        assert set(groups.values()) == {3}
+
+
+@pytest.mark.parametrize(("fresh_share", "fresh"), [(1.0, 8), (0.0, 0), (0.5, 4), (0.25, 2)])
+def test_share_of_the_newest_rollout(fresh_share: float, fresh: int) -> None:
+    replay = filled(rollout(*range(10)), rollout(*range(10, 20)), rollout(*range(20, 30)))
+    for seed in range(20):
+        groups = {episode.group for episode in drawn(replay, 8, fresh_share, seed)}
+        assert len(groups) == 8
+        assert sum(group >= 20 for group in groups) == fresh
+
+
+@pytest.mark.parametrize(
+    ("older", "fresh", "share", "from_fresh"),
+    [
+        (10, 3, 1.0, 3),  # the newest rollout is too small: five older ones fill in
+        (10, 3, 0.5, 3),
+        (2, 10, 0.0, 6),  # too few older ones: six fresh ones fill in
+        (2, 10, 0.5, 6),
+        (0, 10, 0.0, 8),
+    ],
+)
+def test_the_other_side_fills_in(older: int, fresh: int, share: float, from_fresh: int) -> None:
+    replay = filled(rollout(*range(100, 100 + older)), rollout(*range(fresh)))
+    groups = [episode.group for episode in drawn(replay, 8, share)][::2]
+    assert len(groups) == 8
+    assert sum(group < 100 for group in groups) == from_fresh
+
+
+def test_fewer_groups_than_asked_give_all_there_are() -> None:
+    assert sorted(e.group for e in drawn(filled(rollout(0), rollout(1, 2)), 8, 0.5)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_older_groups_are_drawn_uniformly() -> None:
+    """Of 8 older groups 2 are drawn 400 times: 100 draws of each expected, standard deviation 8.7."""
+    replay = filled(rollout(*range(8)), rollout(8))
+    generator = torch.Generator().manual_seed(0)
+    counts = Counter(e.group for _ in range(400) for e in replay.sample(2, 0.0, generator)[::2])
+    assert set(counts) == set(range(8))
+    assert all(60 < count < 140 for count in counts.values())
+
+
+def test_the_generator_fixes_the_batch() -> None:
+    replay = filled(rollout(*range(20)), rollout(*range(20, 40)))
+    batches = [[id(episode) for episode in drawn(replay, 6, 0.5, seed)] for seed in (3, 3, 4)]
+    assert batches[0] == batches[1] != batches[2]

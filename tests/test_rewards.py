@@ -1,0 +1,167 @@
+"""Rewards: mixes of metrics and of functions that a user brings."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lmdqn.errors import UserError
+from lmdqn.recipe import REWARD_TERMS, RewardSection
+from lmdqn.text import metrics
+from lmdqn.text.rewards import Reward
+
+RESPONSES = ["The cat sat on the mat .", "a b c d a b c d", "nothing of it"]
+REFERENCES = [["the cat is on the mat .", "a cat sat there"], ["a b c d"], ["all else by far", "and more of it"]]
+SOURCES = ["one", "two", "three"]
+
+USER_FUNCTIONS = """
+def shortness(responses, references, sources):
+    return [-len(response) for response in responses]
+
+def seen(responses, references, sources):
+    assert references[0] == ["the cat is on the mat .", "a cat sat there"]
+    assert references[1:] == [["a b c d"], ["all else by far", "and more of it"]]
+    assert sources == ["one", "two", "three"]
+    return [1.0 if response == "nothing of it" else 0.5 for response in responses]
+
+def too_few(responses, references, sources):
+    return [1.0]
+
+def not_a_number(responses, references, sources):
+    return [0.0, float("nan"), 1.0]
+
+def infinite(responses, references, sources):
+    return [0.0, 1.0, float("inf")]
+
+a_constant = 3
+"""
+
+
+@pytest.fixture
+def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is also importable as the module `my_rewards`."""
+    file = tmp_path / "my_rewards.py"
+    file.write_text(USER_FUNCTIONS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return file
+
+
+def scores(mix: dict[str, float], responses: Sequence[str] = RESPONSES) -> list[float]:
+    return Reward(RewardSection(mix=mix))(responses, REFERENCES, SOURCES)
+
+
+def test_every_term_is_its_metric() -> None:
+    rouges = metrics.rouge(RESPONSES, REFERENCES, metrics.ROUGE_TYPES)
+    wanted = {
+        "bleu": metrics.sentence_bleu(RESPONSES, REFERENCES),
+        "chrf": metrics.sentence_chrf(RESPONSES, REFERENCES),
+        **rouges,
+        "length": [1.0, 0.5, 3 / 4],
+        "repetition": [0.0, pytest.approx(0.2), 0.0],
+    }
+    assert set(wanted) == set(REWARD_TERMS)
+    found = Reward(RewardSection(mix=dict.fromkeys(REWARD_TERMS, 1.0))).terms(RESPONSES, REFERENCES, SOURCES)
+    assert found == wanted
+    for name in REWARD_TERMS:
+        assert scores({name: 1.0}) == found[name]
+
+
+def test_a_mix_is_the_weighted_sum() -> None:
+    """Lengths 1, 1/2 and 3/4; repeated 0, 1/5 and 0."""
+    assert scores({"length": 0.5, "repetition": -2.0}) == pytest.approx([0.5, 0.25 - 0.4, 0.375])
+
+
+def test_weights_stay_with_their_terms_whatever_the_order() -> None:
+    terms = {name: scores({name: 1.0}) for name in ("repetition", "rougeL", "bleu")}
+    wanted = [
+        3 * repetition + 5 * rouge + 7 * bleu
+        for repetition, rouge, bleu in zip(terms["repetition"], terms["rougeL"], terms["bleu"], strict=True)
+    ]
+    assert scores({"repetition": 3, "rougeL": 5, "bleu": 7}) == pytest.approx(wanted)
+
+
+def test_the_default_mix_is_bleu_and_rouge_l_in_halves() -> None:
+    wanted = [(b + r) / 2 for b, r in zip(scores({"bleu": 1}), scores({"rougeL": 1}), strict=True)]
+    assert Reward(RewardSection())(RESPONSES, REFERENCES, SOURCES) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("smoothing", ["exp", "floor", "add-k", "none"])
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_smoothing_and_case_are_passed_on(smoothing: str, lowercase: bool) -> None:
+    section = RewardSection.model_validate(
+        {"mix": {"bleu": 1, "chrf": 1}, "bleu_smoothing": smoothing, "lowercase": lowercase}
+    )
+    assert Reward(section).terms(RESPONSES, REFERENCES, SOURCES) == {
+        "bleu": metrics.sentence_bleu(RESPONSES, REFERENCES, smoothing, lowercase),
+        "chrf": metrics.sentence_chrf(RESPONSES, REFERENCES, lowercase),
+    }
+
+
+def test_without_references_only_repetition_and_ones_own(user_file: Path) -> None:
+    reward = Reward(RewardSection(mix={"repetition": -1, "my_rewards:shortness": 1}))
+    assert reward(["a a a a a", "b"], [(), ()], ["x", "y"]) == pytest.approx([-9.5, -1.0])
+
+
+def test_user_function_of_a_module(user_file: Path) -> None:
+    assert scores({"my_rewards:shortness": 2}) == [-2.0 * len(response) for response in RESPONSES]
+
+
+def test_user_function_of_a_file(user_file: Path) -> None:
+    assert scores({f"{user_file}:shortness": 1}) == [-len(response) for response in RESPONSES]
+
+
+def test_user_function_of_a_file_here(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(user_file.parent)
+    assert scores({"my_rewards.py:shortness": 1}) == [-len(response) for response in RESPONSES]
+
+
+def test_user_function_sees_references_and_sources(user_file: Path) -> None:
+    assert scores({"my_rewards:seen": 1, "length": 1}) == pytest.approx([1.5, 1.0, 1.75])
+
+
+def test_files_of_one_name_do_not_mix(user_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "my_rewards.py"
+    other.parent.mkdir()
+    other.write_text(
+        "def constant(responses, references, sources):\n    return [4] * len(responses)\n", encoding="utf-8"
+    )
+    assert scores({f"{user_file}:seen": 1, f"{other}:constant": 1}) == [4.5, 4.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        ("too_few", "gave 1 scores for 3 responses"),
+        ("not_a_number", "gave nan for the response 'a b c d a b c d'"),
+        ("infinite", "gave inf for the response 'nothing of it'"),
+    ],
+)
+def test_user_function_that_gives_no_scores(user_file: Path, function: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"^reward 'my_rewards:{function}' {complaint}$"):
+        scores({f"my_rewards:{function}": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("no_such_module:f", "no_such_module"),
+        (":f", "':f'"),
+        ("no_such_file.py:f", "no_such_file.py"),
+        ("my_rewards:no_such_function", "no function 'no_such_function'"),
+        ("my_rewards:a_constant", "no function 'a_constant'"),
+        ("my_rewards:", "no function ''"),
+    ],
+)
+def test_user_function_that_is_not_there(user_file: Path, name: str, missing: str) -> None:
+    with pytest.raises(UserError) as refused:
+        Reward(RewardSection(mix={name: 1}))
+    assert f"reward.mix term {name!r}" in str(refused.value)
+    assert missing in str(refused.value)
+
+
+def test_user_file_with_a_syntax_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken\.py:f': cannot load .*broken\.py"):
+        Reward(RewardSection(mix={f"{tmp_path}/broken.py:f": 1}))

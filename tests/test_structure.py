@@ -1,0 +1,71 @@
+"""The house rules: a module imports only what stands below it, and stays short enough to be read."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdqn
+
+PACKAGE = Path(lmdqn.__file__).parent
+FLOORS = [  # from the ground up; modules of one floor may import each other in the order they stand
+    ["lmdqn.errors", "lmdqn.recipe", "lmdqn.shipped", "lmdqn.episodes"],
+    ["lmdqn.text.data", "lmdqn.text.prompts", "lmdqn.text.metrics", "lmdqn.learn.targets", "lmdqn.learn.losses"],
+    ["lmdqn.model.sharing", "lmdqn.model.loading", "lmdqn.model.memory", "lmdqn.model.vocabulary"],
+    ["lmdqn.text.rewards", "lmdqn.learn.replay", "lmdqn.learn.match_features", "lmdqn.model.qnetwork"],
+    ["lmdqn.model.rollout", "lmdqn.results.tracking"],
+    ["lmdqn.results.evaluate", "lmdqn.results.run_folder", "lmdqn.results.tables"],
+    ["lmdqn.learn.budget", "lmdqn.learn.optimisation", "lmdqn.learn.objective", "lmdqn.learn.step_record"],
+    ["lmdqn.learn.warm_start", "lmdqn.learn.trainer", "lmdqn.pipeline", "lmdqn.quickstart"],
+    ["lmdqn.cli", "lmdqn.__main__"],
+]
+PURE = ("lmdqn.learn.targets", "lmdqn.learn.losses", "lmdqn.learn.replay", "lmdqn.text.metrics")
+ORDER = [module for floor in FLOORS for module in floor]
+
+
+def module_name(file: Path) -> str:
+    return ".".join(["lmdqn", *file.relative_to(PACKAGE).with_suffix("").parts])
+
+
+def imports_of(file: Path) -> set[str]:
+    """Every module that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(f): f for f in sorted(PACKAGE.rglob("*.py")) if f.name != "__init__.py"}
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(modules()) == sorted(ORDER)
+
+
+def test_modules_import_only_what_stands_below_them() -> None:
+    for name, file in modules().items():
+        for imported in imports_of(file) & set(ORDER):
+            assert ORDER.index(imported) < ORDER.index(name), f"{name} must not import {imported}"
+
+
+def test_pure_modules_know_no_files_and_no_transformers() -> None:
+    for name in PURE:
+        roots = {imported.partition(".")[0] for imported in imports_of(modules()[name])}
+        assert not roots & {"transformers", "accelerate", "peft", "datasets", "pathlib", "os"}, name
+
+
+def test_files_are_read_in_one_sitting() -> None:
+    for name, file in modules().items():
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, name
+
+
+def test_importing_lmdqn_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lmdqn; print([m for m in ('torch', 'transformers', 'pydantic', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
