@@ -48,19 +48,22 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def quickstart(
-    task: Annotated[Literal["summarisation", "dialogue"], typer.Argument(help="Which shipped data set.")] = (
-        "summarisation"
-    ),
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[summarisation|dialogue] [KEY=VALUE]...",
+            help="Which shipped data set (summarisation unless said), and dotted overrides.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/quickstart_TASK].")] = None,
 ) -> None:
     """Build a small model, warm-start it by MLE, fine-tune it by DQN, compare. Minutes on a CPU, no network."""
     from lmdqn.quickstart import quickstart_recipe
 
-    recipe = quickstart_recipe(task, output or Path("runs") / f"quickstart_{task}", overrides or [])
-    pipeline = _pipeline()
-
-    _show_run(pipeline.train(recipe), samples=3)
+    words = words or []
+    task = words.pop(0) if words and "=" not in words[0] else "summarisation"
+    recipe = quickstart_recipe(task, output or Path("runs") / f"quickstart_{task}", words)
+    _show_run(_pipeline().train(recipe), samples=3)
 
 
 @app.command()

@@ -185,7 +185,7 @@ class QLearningSection(Section):
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     trace: float = Field(0.95, ge=0, le=1, description="lambda of the soft TD(lambda) target; 1 is the whole return")
     baseline: Literal["group", "running", "none"] = Field(
-        "group", description="what rewards are centred by: the prompt group's mean, a running mean, nothing"
+        "group", description="what rewards are centred by: the mean of the prompt's samples, a running mean, nothing"
     )
     huber_delta: float | None = Field(
         None, gt=0, description="residual in nats (classic: in reward) past which the loss is linear; null: squared"
@@ -194,7 +194,7 @@ class QLearningSection(Section):
         0.05, gt=0, le=1, description="share of the online weights taken into the target each update"
     )
     target_copy_every: int | None = Field(None, ge=1, description="hard copy of the online weights every n updates")
-    value_learning_rate_scale: float = Field(1.0, gt=0, description="value head's rate over the model's")
+    value_learning_rate_scale: float = Field(30.0, gt=0, description="value head's rate over the model's")
     max_steps: int = Field(1000, ge=0, description="steps of rollout and update")
     max_seconds: float | None = Field(None, gt=0, description="wall-clock budget, evaluation not counted")
 
@@ -267,7 +267,7 @@ class Recipe(Section):
             raise ValueError(f"evaluation.metric: there is no metric {metric!r}{nearest(metric, METRICS)}")
         if without_references and metric in METRICS_OF_REFERENCES:
             raise ValueError(f"evaluation.metric={metric} compares with references: set data.references")
-        if self.qlearning.baseline == "group" and self.rollout.samples + self.replay.demonstrations < 2:
+        if self.qlearning.baseline == "group" and self.rollout.samples < 2:
             raise ValueError("qlearning.baseline=group needs rollout.samples of 2 or more: or use running")
         if self.qlearning.loss == "path" and self.rollout.samples + self.replay.demonstrations < 2:
             raise ValueError("qlearning.loss=path takes its value from a group: set rollout.samples to 2 or more")

@@ -281,10 +281,10 @@ def test_line_that_is_no_object(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path / 'test.jsonl'}, line 1: must be an object of columns, not list"
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_file_that_is_not_what_it_is_called(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("csv", "CSV"), ("parquet", "Parquet")])
+def test_file_that_is_not_what_it_is_called(tmp_path: Path, kind: str, name: str) -> None:
     (tmp_path / f"test.{kind}").write_text("" if kind == "csv" else "no parquet", encoding="utf-8")
-    assert refusal(tmp_path).startswith(f"{tmp_path}/test.{kind} is not valid {kind.upper()}")
+    assert refusal(tmp_path).startswith(f"{tmp_path}/test.{kind} is not valid {name}")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_rouge_does_not_stem() -> None:
         ("one two three", ["a b c"], 1.0),
         ("one two three", ["a b c d"], 3 / 4),
         ("one two three four", ["a"], 1 / 4),
-        ("one two three", ["a", "a b c d", "a b c d e f g"], 3 / 4),
+        ("one two three", ["a", "a b c d", "a b c d e f g"], 3 / 4),  # 12 words over three references
+        ("one two three", ["a", "a b"], 1 / 2),
         ("", ["a b"], 0.0),
         ("one", [""], 0.0),
         ("  one \n two ", ["a b"], 1.0),

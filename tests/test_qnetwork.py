@@ -125,7 +125,7 @@ def test_what_is_saved_answers_as_the_target_does_and_holds_its_value_head(loade
     folder = RunFolder.check(OutputSection(dir=str(tmp_path / "run")))
     folder.path.mkdir()
     folder.save_model(networks.target, loaded.tokenizer, folder.model)
-    again = load_trained(folder.model)
+    again = load_trained(folder.model, ModelSection(name="as saved"), 8)
     assert again.layout.eos_ids == loaded.layout.eos_ids
     plain = _plain(folder.model, loaded.layout.is_seq2seq)
     ids = torch.tensor([[5, 6, 7]])

@@ -143,7 +143,7 @@ def test_impossible_pair_is_named(write_recipe: WriteRecipe, overrides: list[str
         ["data.references=null", "data.conversation.column=dialog"],
         ["qlearning.target_polyak=null", "qlearning.target_copy_every=10"],
         ["rollout.samples=1", "qlearning.baseline=running"],
-        ["rollout.samples=1", "replay.demonstrations=1"],
+        ["rollout.samples=1", "replay.demonstrations=1", "qlearning.baseline=none"],
         ["qlearning.form=classic", "qlearning.loss=td"],
         ["data.chat=true", "data.system=Be brief."],
         [*PRETRAINED, "model.lora.rank=4"],

@@ -58,7 +58,7 @@ def test_every_term_is_its_metric() -> None:
         "bleu": metrics.sentence_bleu(RESPONSES, REFERENCES),
         "chrf": metrics.sentence_chrf(RESPONSES, REFERENCES),
         **rouges,
-        "length": [1.0, 0.5, 3 / 4],
+        "length": [pytest.approx(11 / 14), 0.5, 3 / 4],
         "repetition": [0.0, pytest.approx(0.2), 0.0],
     }
     assert set(wanted) == set(REWARD_TERMS)
@@ -69,8 +69,8 @@ def test_every_term_is_its_metric() -> None:
 
 
 def test_a_mix_is_the_weighted_sum() -> None:
-    """Lengths 1, 1/2 and 3/4; repeated 0, 1/5 and 0."""
-    assert scores({"length": 0.5, "repetition": -2.0}) == pytest.approx([0.5, 0.25 - 0.4, 0.375])
+    """Lengths 11/14 (5.5 words are usual, 7 were written), 1/2 and 3/4; repeated 0, 1/5 and 0."""
+    assert scores({"length": 0.5, "repetition": -2.0}) == pytest.approx([11 / 28, 0.25 - 0.4, 0.375])
 
 
 def test_weights_stay_with_their_terms_whatever_the_order() -> None:
@@ -118,7 +118,7 @@ def test_user_function_of_a_file_here(user_file: Path, monkeypatch: pytest.Monke
 
 
 def test_user_function_sees_references_and_sources(user_file: Path) -> None:
-    assert scores({"my_rewards:seen": 1, "length": 1}) == pytest.approx([1.5, 1.0, 1.75])
+    assert scores({"my_rewards:seen": 1, "length": 1}) == pytest.approx([0.5 + 11 / 14, 1.0, 1.75])
 
 
 def test_files_of_one_name_do_not_mix(user_file: Path, tmp_path: Path) -> None:

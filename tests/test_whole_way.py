@@ -92,7 +92,7 @@ def test_causal_full_weights_beats_its_start(causal_run: Path) -> None:
 
 
 KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
-    "seq2seq": ("t5", {"warm_start": {"epochs": 40}}),
+    "seq2seq": ("t5", {"warm_start": {"epochs": 12}}),
     "path residual": ("gpt2", {"qlearning": {"loss": "path"}}),
     "one sample a prompt": ("gpt2", {"rollout": {"prompts": 32, "samples": 1}, "qlearning": {"baseline": "running"}}),
     "replay and demonstrations": (
@@ -134,7 +134,7 @@ def test_lora_on_a_saved_model_beats_its_start(farm: Path, causal_run: Path, tmp
     assert (tmp_path / "run" / "model" / "adapter_config.json").exists()
     shown = lmdqn_command("generate", str(tmp_path / "run"), "--source", "cat barn")
     assert shown.returncode == 0
-    assert shown.stdout.strip()
+    assert len(shown.stdout.splitlines()) == 1
 
 
 def test_the_classic_form_and_epsilon_greedy_run(farm: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_classic_form_and_epsilon_greedy_run(farm: Path, tmp_path: Path) -> 
     }
     train(write_recipe(tmp_path, farm, "gpt2", **changes))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    epsilons = [line["epsilon"] for line in lines if line["phase"] == "dqn"]
+    epsilons = [line["epsilon"] for line in lines if line["phase"] == "dqn" and line["step"] > 0]
     assert epsilons == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
 
 

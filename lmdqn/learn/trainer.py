@@ -20,7 +20,7 @@ from lmdqn.recipe import Recipe
 from lmdqn.results.tracking import Tracker
 from lmdqn.text.rewards import Reward
 
-Validate = Callable[[int], dict[str, float]]  # step -> metrics of the target network on the validation split
+Validate = Callable[[], dict[str, float]]  # metrics of the target network on the validation split
 
 
 @dataclass
@@ -77,30 +77,28 @@ class Trainer:
 
     def run(self, validate: Validate) -> float:
         """Learn until the budget is spent or patience runs out; gives the seconds of learning."""
-        recipe = self.recipe
+        recipe, metric = self.recipe, self.recipe.evaluation.metric
         budget = Budget(recipe.qlearning.max_steps, recipe.qlearning.max_seconds)
         with budget.paused():
-            best, checks_without_better = validate(0)[recipe.evaluation.metric], 0
+            scores = validate()
+        self.tracker.log("dqn", {"step": 0, "seconds": 0.0, **_as_validation(scores)})
+        best, checks_without_better = scores[metric], 0
         with self.tracker.phase("DQN", budget.max_steps, budget.max_seconds):
-            while not budget.spent(self.step):
+            while not budget.spent(self.step) and checks_without_better != recipe.evaluation.patience:
                 groups = self.new_groups()
                 self.replay.add(groups)
                 updates = [self.update(budget) for _ in range(recipe.replay.updates_per_rollout)]
                 self.step += 1
                 record = self._record(groups, updates, budget)
-                is_over = budget.spent(self.step)
-                if self.step % recipe.evaluation.every_steps == 0 or is_over:
+                is_last = budget.spent(self.step)
+                if is_evaluated := self.step % recipe.evaluation.every_steps == 0 or is_last:
                     with budget.paused():
-                        scores = validate(self.step)
-                    record |= {f"validation_{name}": value for name, value in scores.items()}
-                    is_better = scores[recipe.evaluation.metric] > best
-                    best = max(best, scores[recipe.evaluation.metric])
-                    checks_without_better = 0 if is_better else checks_without_better + 1
-                due = self.step % recipe.output.log_every_steps == 0 or is_over or "validation_reward" in record
-                self.tracker.log("dqn", record, write=due)
-                if recipe.evaluation.patience is not None and checks_without_better >= recipe.evaluation.patience:
-                    self.tracker.say(f"{checks_without_better} validations without a better {recipe.evaluation.metric}")
-                    break
+                        scores = validate()
+                    record |= _as_validation(scores)
+                    checks_without_better = 0 if scores[metric] > best else checks_without_better + 1
+                    best = max(best, scores[metric])
+                is_due = self.step % recipe.output.log_every_steps == 0
+                self.tracker.log("dqn", record, write=is_due or is_evaluated)
         return budget.seconds
 
     def new_groups(self) -> list[Group]:
@@ -199,11 +197,18 @@ class Trainer:
             episode.terms = {name: scores[i] for name, scores in terms.items()}
 
     def _centre(self, groups: Sequence[Group]) -> None:
-        """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone."""
+        """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone.
+
+        Only sampled rewards count, so that demonstrations, which are better, push no sample down.
+        """
         kind = self.recipe.qlearning.baseline
-        mean = fmean(e.reward for group in groups for e in group)
+        mean = fmean(e.reward for group in groups for e in group if not e.demonstration)
         self._running_reward = mean if self._running_reward is None else 0.9 * self._running_reward + 0.1 * mean
         for group in groups:
-            of_group = fmean(e.reward for e in group)
+            of_group = fmean(e.reward for e in group if not e.demonstration)
             for episode in group:
                 episode.baseline = {"group": of_group, "running": self._running_reward, "none": 0.0}[kind]
+
+
+def _as_validation(scores: dict[str, float]) -> dict[str, float]:
+    return {f"validation_{name}": value for name, value in scores.items()}

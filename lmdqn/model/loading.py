@@ -62,22 +62,19 @@ def load_model(section: ModelSection, texts: Sequence[str], seed: int, max_respo
     return LoadedModel(model.eval(), tokenizer, layout)
 
 
-def load_trained(folder: str | Path) -> LoadedModel:
-    """The model that a run saved in its `model/` folder, full or adapter, or any model by name, for evaluation."""
-    section = ModelSection(name=str(folder))
-    if (Path(folder) / "adapter_config.json").exists():
-        from peft import PeftConfig, PeftModel
+def load_trained(folder: str | Path, like: ModelSection, max_response_tokens: int) -> LoadedModel:
+    """The model that a run saved in its `model/` folder, full or adapter, or any model by name, for evaluation.
 
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        assert base is not None
-        loaded = load_model(ModelSection(name=base), (), 0, max_response_tokens=64)
-        loaded.model.generation_config = GenerationConfig.from_pretrained(str(folder))
-        loaded.model = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
-        return loaded
-    config = read_config(section)
-    tokenizer = _load_tokenizer(section)
-    model = _load_pretrained(section, config)
-    return LoadedModel(model.eval(), tokenizer, _sequence_format(model, tokenizer))
+    `like` says how else it is loaded: dtype, special tokens, remote code.
+    """
+    section = like.model_copy(update={"name": str(folder), "from_scratch": None, "lora": None})
+    if not (Path(folder) / "adapter_config.json").exists():
+        return load_model(section, (), 0, max_response_tokens)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    loaded = load_model(section.model_copy(update={"name": base}), (), 0, max_response_tokens)
+    return replace(loaded, model=PeftModel.from_pretrained(loaded.model, str(folder)).eval())
 
 
 def read_config(section: ModelSection, local_files_only: bool = False) -> PreTrainedConfig:

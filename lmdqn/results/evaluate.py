@@ -68,6 +68,8 @@ def _p_value(observed: float, resampled: np.ndarray) -> float:
 
 def _bleu_p_value(better: Evaluation, baseline: Evaluation, examples: Sequence[Example], samples: int) -> float:
     """sacrebleu's own paired bootstrap."""
+    if better.responses == baseline.responses:
+        return 1.0  # sacrebleu's count of larger differences would be none
     systems = [("baseline", baseline.responses), ("better", better.responses)]
     streams = metrics.reference_streams([example.references for example in examples])
     test = PairedTest(systems, {"BLEU": BLEU(references=streams)}, None, test_type="bs", n_samples=samples)

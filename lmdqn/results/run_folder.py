@@ -47,10 +47,13 @@ class RunFolder:
 
     def begin(self, recipe: Recipe) -> None:
         """Create the folder (dropping an old run that `check` allowed to go) with the resolved recipe."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        _write(self.recipe, dump_recipe(recipe))
+        try:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
+            _write(self.recipe, dump_recipe(recipe))
+        except OSError as error:
+            raise UserError(f"cannot write to output.dir {self.path}: {error.strerror}") from error
 
     def save_model(self, network: QNetwork, tokenizer: Any, folder: Path) -> None:
         """Save what ordinary transformers or peft loads, with the value head in a file of its own beside it."""
