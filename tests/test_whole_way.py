@@ -92,7 +92,10 @@ def test_causal_full_weights_beats_its_start(causal_run: Path) -> None:
 
 
 KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
-    "seq2seq": ("t5", {"warm_start": {"epochs": 12}}),
+    "seq2seq": (
+        "t5",
+        {"warm_start": {"epochs": 8}, "optimisation": {"learning_rate": 2e-3}, "qlearning": {"max_steps": 60}},
+    ),
     "path residual": ("gpt2", {"qlearning": {"loss": "path"}}),
     "one sample a prompt": ("gpt2", {"rollout": {"prompts": 32, "samples": 1}, "qlearning": {"baseline": "running"}}),
     "replay and demonstrations": (
