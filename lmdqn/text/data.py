@@ -137,12 +137,11 @@ def _read_saved(folder: Path, split: str) -> list[Row]:
 
 def _read_hub(data: DataSection, split: str) -> list[Row]:
     import datasets
-    import httpx2 as httpx
 
     assert data.hub is not None
     try:
         return datasets.load_dataset(data.hub, data.hub_config, split=split, revision=data.hub_revision).to_list()
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load {data.hub} [{split}] from the hub or its cache: {reason}") from error
 
