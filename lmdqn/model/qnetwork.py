@@ -1,7 +1,7 @@
 """The Q-network: a pretrained model whose LM head is read as Q, and its online, target and reference copies."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import MATCH_FEATURES, Batch
 from lmdqn.model.loading import LoadedModel, hidden_size
-from lmdqn.model.sharing import additive_mask
+from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import log_prob_of
 
 ONLINE_ADAPTER, REFERENCE_ADAPTER = "online", "reference"
@@ -107,7 +107,7 @@ class QNetwork(nn.Module):
     def device(self) -> torch.device:
         return self.value_head.outer.weight.device
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: Batch) -> Mapping[str, Any]:
         if batch.encoder_ids is not None:
             encoder = self.model.get_encoder()
             encoded = encoder(input_ids=batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
@@ -118,10 +118,7 @@ class QNetwork(nn.Module):
                 "decoder_input_ids": batch.decoder_ids,
                 "decoder_attention_mask": batch.decoder_mask.long(),
             }
-        if batch.position_ids is None:
-            return {"input_ids": batch.decoder_ids, "attention_mask": batch.decoder_mask.long()}
-        mask = additive_mask(batch.decoder_mask, self.model.dtype)
-        return {"input_ids": batch.decoder_ids, "attention_mask": mask, "position_ids": batch.position_ids}
+        return causal_inputs(batch, self.model.dtype)
 
 
 @dataclass

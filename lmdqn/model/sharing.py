@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmdqn.episodes import Episode, Example, SequenceFormat, make_batch
+from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch
 
 
 @torch.no_grad()
@@ -32,19 +32,18 @@ def can_share_prompts(model: Any, layout: SequenceFormat) -> bool:
     return bool((shared - apart).abs().max() <= tolerance * apart.std())
 
 
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """transformers' four-dimensional mask: 0 where True, the smallest number where False, to be added to scores."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+def causal_inputs(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a causal model's forward takes; where rows are shared, the mask is one that is added to scores."""
+    if batch.position_ids is None:
+        return {"input_ids": batch.decoder_ids, "attention_mask": batch.decoder_mask.long()}
+    mask = torch.zeros(batch.decoder_mask.shape, dtype=dtype, device=batch.decoder_mask.device)
+    mask.masked_fill_(~batch.decoder_mask, torch.finfo(dtype).min)
+    return {"input_ids": batch.decoder_ids, "attention_mask": mask, "position_ids": batch.position_ids}
 
 
 def _logits(model: Any, episodes: list[Episode], layout: SequenceFormat) -> Tensor:
     """(N, V) float32 logits at the states of the episodes."""
     batch = make_batch(episodes, layout).to(next(model.parameters()).device)
-    inputs = {"attention_mask": batch.decoder_mask.long()}
-    if batch.position_ids is not None:
-        mask = additive_mask(batch.decoder_mask, model.dtype)
-        inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
-    logits = model(input_ids=batch.decoder_ids, use_cache=False, **inputs).logits.float()
+    logits = model(**causal_inputs(batch, model.dtype), use_cache=False).logits.float()
     row, position = batch.states.unbind(1)
     return logits[row, position]

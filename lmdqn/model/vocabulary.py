@@ -13,9 +13,3 @@ def log_prob_of(logits: Tensor, tokens: Tensor) -> Tensor:
 def value_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """The logit of each state's token. logits (N, V), tokens (N,) -> (N,)."""
     return logits.float().gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the policy in nats. logits (N, V) -> (N,)."""
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
