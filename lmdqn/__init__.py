@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lmdqn.answering import evaluate, generate
     from lmdqn.errors import UserError
-    from lmdqn.pipeline import evaluate, generate, train
+    from lmdqn.pipeline import train
     from lmdqn.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -13,8 +14,8 @@ __all__ = ["Recipe", "UserError", "evaluate", "generate", "load_recipe", "train"
 _HOMES = {
     "Recipe": "lmdqn.recipe",
     "UserError": "lmdqn.errors",
-    "evaluate": "lmdqn.pipeline",
-    "generate": "lmdqn.pipeline",
+    "evaluate": "lmdqn.answering",
+    "generate": "lmdqn.answering",
     "load_recipe": "lmdqn.recipe",
     "train": "lmdqn.pipeline",
 }

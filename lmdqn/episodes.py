@@ -38,11 +38,13 @@ class Episode:
     demonstration: bool = False
     behaviour_log_probs: Tensor | None = None  # (n,) nats, of the distribution each token was sampled from
     reference_log_probs: Tensor | None = None  # (n,) nats, under the frozen reference network
+    first_log_probs: Tensor | None = None  # (n,) nats, under the first reference, where references are reset
     match_features: Tensor | None = None  # (n + 1, MATCH_FEATURES), for the value head in training
     text: str = ""
     reward: float = 0.0
     terms: dict[str, float] = field(default_factory=dict)  # the reward's parts, unweighted
     baseline: float = 0.0  # what the reward is centred by
+    weight: float = 1.0  # of its residuals in the batch it was last drawn into
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Batch:
     behaviour_log_probs: Tensor  # (B, T) nats
     match_features: Tensor  # (B, T + 1, MATCH_FEATURES), zero where not measured
     groups: Tensor  # (B,) int64
+    weights: Tensor  # (B,) what each episode's residuals weigh
+    demonstrations: Tensor  # (B,) bool, references and not samples
     encoder_ids: Tensor | None = None  # (G, S) int64, seq2seq only
     encoder_mask: Tensor | None = None  # (G, S) int64
     encoder_rows: Tensor | None = None  # (R,) int64, the encoder row that each decoder row reads
@@ -82,6 +86,11 @@ class Batch:
     def actions(self) -> Tensor:
         """(N,) the token chosen in each state; after a truncated response, where none was, any valid id."""
         return torch.nn.functional.pad(self.response_ids, (0, 1))[self.state_mask]
+
+    @property
+    def acting(self) -> Tensor:
+        """(N,) True for states in which a token was chosen: all but those after a truncated response."""
+        return torch.nn.functional.pad(self.response_mask, (0, 1))[self.state_mask]
 
     def at_states(self, flat: Tensor) -> Tensor:
         """Lay out one number for each state: (N,) -> (B, T + 1), zero in terminal states and padding."""
@@ -145,6 +154,8 @@ def make_batch(episodes: Sequence[Episode], layout: SequenceFormat) -> Batch:
         behaviour_log_probs=_pad_measured([e.behaviour_log_probs for e in episodes], response_ids.shape),
         match_features=_pad_measured([e.match_features for e in episodes], (*state_mask.shape, MATCH_FEATURES)),
         groups=torch.tensor([e.group for e in episodes]),
+        weights=torch.tensor([e.weight for e in episodes]),
+        demonstrations=torch.tensor([e.demonstration for e in episodes]),
     )
     if layout.is_seq2seq:
         encoder_rows = _rows(episodes, True)

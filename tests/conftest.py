@@ -46,6 +46,52 @@ def write_recipe(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+HOSTILE = (
+    '<script>document.title = "hacked"</script><img src=x onerror="document.title=1">&lt;b&gt; </script> {{ 7 * 7 }}'
+)
+SOURCES = ("a cat sat on the mat", "the dog barked", HOSTILE, "rain fell on the hill")
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path) -> Callable[..., Path]:
+    """`finished_run(name, dqn, ...)`: the folder that a run leaves, without its model, from given responses."""
+    from lmdqn.episodes import Example
+    from lmdqn.recipe import validate
+    from lmdqn.results.evaluate import score_responses
+    from lmdqn.results.run_folder import RunFolder
+    from lmdqn.results.significance import paired_significance
+    from lmdqn.text.rewards import Reward
+
+    def make(name: str, dqn: Sequence[str], sources: Sequence[str] = SOURCES, **sections: Any) -> Path:
+        tree = {"model": {"name": "a/model"}, "data": {"path": "data"}, "output": {"dir": str(tmp_path / name)}}
+        recipe = validate({**tree, **sections}, "test")
+        folder = RunFolder.check(recipe.output)
+        folder.begin(recipe)
+        examples = [Example(source, (source, f"{source} indeed"), (1,), ((2,),), source) for source in sources]
+        responses = {"start": [""] * len(sources), "mle": ["the cat sat on a hill"] * len(sources), "dqn": list(dqn)}
+        reward = Reward(recipe.reward)
+        test = {phase: score_responses(texts, examples, reward) for phase, texts in responses.items()}
+        significance = paired_significance(test, "mle", [e.references for e in examples], 100)
+        folder.save_results(test, significance, {"mle": 61.0, "dqn": 120.0, "total": 7200.0}, examples)
+        lines = [{"phase": "mle", "step": step, "loss": 1 / step} for step in (1, 2)]
+        lines += [
+            {
+                "phase": "dqn",
+                "step": step,
+                "loss": 2.0,
+                "reward": step / 40,
+                "validation_reward": 50.0 + step * (30 - step),
+            }
+            for step in (0, 10, 20)
+        ]
+        folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return folder.path
+
+    return make
+
+
 # --- the command line ---------------------------------------------------------------------------------------------
 
 

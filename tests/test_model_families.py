@@ -1,15 +1,18 @@
 """Q, V and log-ratios against plain transformers logits, for every kind of head; rollouts against teacher forcing."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from lmdqn.episodes import Episode, Example, make_batch
+from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
-from lmdqn.model.qnetwork import Networks, response_log_probs
-from lmdqn.model.rollout import Exploration, Rollout, _Sampler, measure_reference
+from lmdqn.model.qnetwork import Networks, over_vocabulary, response_log_probs
+from lmdqn.model.rollout import Rollout, _Sampler, measure_log_probs
+from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import validate
 
 LLAMA_LIKE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -116,7 +119,7 @@ def test_behaviour_log_probs_are_those_of_the_policy_sampled_from(
     networks = Networks.build(loaded, beta=0.1, seed=0)
     examples = [Example(p, (), tuple(loaded.tokenizer(p).input_ids), (), p) for p in PROMPTS]
     rollout = Rollout(loaded.layout, loaded.tokenizer, max_response_tokens=12)
-    episodes = rollout.sample(networks.online, examples, 3, exploration, torch.Generator().manual_seed(0), 7)
+    episodes = rollout.sample(networks.online, examples, 3, exploration, 0, (7, 8))
     assert [e.group for e in episodes] == [7, 7, 7, 8, 8, 8]
     for episode in episodes:
         n = len(episode.response_ids)
@@ -127,10 +130,33 @@ def test_behaviour_log_probs_are_those_of_the_policy_sampled_from(
         assert n == 12 or not episode.truncated
 
 
+@pytest.mark.parametrize("inside", [{"reference_top_k": 5}, {"reference_top_p": 0.3}, {"sharpness": 0.4}])
+def test_the_reference_that_reads_along_bounds_the_choice(loaded: LoadedModel, inside: dict[str, Any]) -> None:
+    """Prompts of two lengths, so that one is padded; the bound is that of the reference read as a whole."""
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in networks.reference.weights().values():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    examples = [Example(p, (), tuple(loaded.tokenizer(p).input_ids), (), p) for p in PROMPTS]
+    rollout = Rollout(loaded.layout, loaded.tokenizer, max_response_tokens=6)
+    exploration = Exploration(**inside)
+    for episode in rollout.sample(networks.online, examples, 2, exploration, 0, (0, 1), networks.reference):
+        n = len(episode.response_ids)
+        batch = make_batch([episode], loaded.layout)
+        online, reference = (network(batch).logits[:n] for network in (networks.online, networks.reference))
+        expected = exploration.log_probs(online, reference)[torch.arange(n), torch.tensor(episode.response_ids)]
+        assert expected.isfinite().all()
+        torch.testing.assert_close(episode.behaviour_log_probs, expected, atol=5e-4, rtol=5e-4)
+        assert not torch.allclose(
+            expected, Exploration().log_probs(online)[torch.arange(n), torch.tensor(episode.response_ids)]
+        )
+
+
 def test_reference_log_probs_equal_the_policys_at_the_start(loaded: LoadedModel) -> None:
     networks = Networks.build(loaded, beta=0.1, seed=0)
     episodes = some_episodes(loaded)
-    measure_reference(networks.reference, episodes, loaded.layout, micro_batch_tokens=20)
+    measure_log_probs(networks.reference, episodes, loaded.layout, micro_batch_tokens=20)
     batch = make_batch(episodes, loaded.layout)
     log_ratios = response_log_probs(batch, networks.online(batch)) - batch.reference_log_probs
     torch.testing.assert_close(log_ratios, torch.zeros_like(log_ratios), atol=2e-5, rtol=0)
@@ -156,8 +182,9 @@ def test_greedy_equals_plain_generate_one_by_one(loaded: LoadedModel) -> None:
 def test_sampling_repeats_under_a_seed_and_follows_the_policy() -> None:
     """10,000 draws from a known two-token policy, within four standard errors."""
     logits = torch.tensor([0.0, 1.0]).repeat(10_000, 1)
-    sampler = _Sampler(Exploration(), torch.Generator().manual_seed(0))
-    share = (sampler(torch.zeros(1), logits)[:, 1] == 0).float().mean()
+    seeded = torch.Generator().manual_seed(0)
+    sampler = _Sampler(Exploration(), torch.rand(10_000, 1, dtype=torch.float64, generator=seeded))
+    share = sampler(torch.arange(10_000), logits).float().mean()
     assert abs(share - 0.7311) < 4 * (0.7311 * 0.2689 / 10_000) ** 0.5
 
 
@@ -165,3 +192,31 @@ def test_epsilon_greedy_probabilities_by_hand() -> None:
     """Three tokens, two of them in the top-k, epsilon .4: .2 + .6 for the best, .2 for the second."""
     probabilities = Exploration(top_k=2, epsilon=0.4).log_probs(torch.tensor([[2.0, 1.0, 0.0]])).exp()
     torch.testing.assert_close(probabilities, torch.tensor([[0.8, 0.2, 0.0]]))
+
+
+def test_logits_in_chunks_give_the_same_numbers_and_gradients(loaded: LoadedModel) -> None:
+    """Three states at a time, and two networks together, against whole logits."""
+
+    def reduce(ours: torch.Tensor, theirs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kl = (ours.log_softmax(-1).exp() * (ours.log_softmax(-1) - theirs.log_softmax(-1))).sum(-1)
+        return log_prob_of(ours, tokens), kl
+
+    batch = make_batch(some_episodes(loaded), loaded.layout)
+    chunk_mib = 3 * 4 * loaded.model.get_output_embeddings().weight.shape[0] / 2**20
+    found = []
+    for limit in (None, chunk_mib):
+        networks = Networks.build(loaded, beta=0.1, seed=0, chunk_mib=limit)
+        with torch.no_grad():
+            for weight in networks.reference.model.parameters():
+                weight.mul_(1.1)
+            reference = networks.reference(batch)
+        online = networks.online(batch)
+        assert len(online.logits) == (len(batch.actions) if limit is None else 1)
+        log_probs, kl = over_vocabulary([online, reference], reduce, batch.actions)
+        assert kl.min() > 0
+        networks.online.model.zero_grad()
+        (log_probs.square().sum() + kl.sum()).backward()
+        gradient = [p.grad.flatten() for p in networks.online.model.parameters() if p.grad is not None]
+        found.append((log_probs, kl, torch.cat(gradient)))
+    for whole, in_chunks in zip(*found, strict=True):
+        assert (whole - in_chunks).norm() <= 2e-4 * whole.norm()

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch
-from lmdqn.learn.objective import loss_terms, q_loss
-from lmdqn.model.qnetwork import StateOutputs
+from lmdqn.learn.objective import Learnt, loss_terms
+from lmdqn.learn.objective import q_loss as loss_of_networks
+from lmdqn.model.exploration import Exploration
+from lmdqn.model.qnetwork import Networks, StateOutputs
+from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import QLearningSection
 
 BETA = 0.5
@@ -31,6 +34,12 @@ class FakeNetwork(nn.Module):
 
     def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
         return StateOutputs(self.logits + self.offset, self.values)
+
+
+def q_loss(batch: Batch, online: Any, target: Any, recipe: QLearningSection, reference: Any = None) -> Learnt:
+    """The loss with these networks; sampling the policy itself is what explores."""
+    networks = Networks(online, target, target if reference is None else reference)
+    return loss_of_networks(batch, networks, recipe, Exploration())
 
 
 def two_groups() -> Batch:
@@ -141,5 +150,20 @@ def _rows(batch: Batch, rows: slice) -> Batch:
     def cut(name: str) -> Tensor:
         return getattr(batch, name)[rows]
 
-    names = ("response_ids", "response_mask", "state_mask", "rewards", "reference_log_probs", "groups")
+    names = ("response_ids", "response_mask", "state_mask", "rewards", "reference_log_probs", "groups", "weights")
     return replace(batch, **{name: cut(name) for name in names})
+
+
+@pytest.mark.parametrize("recipe", [DUELING, PATH, CLASSIC])
+def test_supervised_demonstrations_are_learnt_by_cross_entropy_alone(recipe: QLearningSection) -> None:
+    """The loss is that of the samples plus w times the cross-entropy, up to a constant of the reference."""
+    batch, weight = two_groups(), 3.0
+    taught = torch.tensor([False, False, False, True])
+    unweighted = replace(batch, weights=(~taught).float())
+    network, target = fake(batch, 1), fake(batch, 2)
+    of_samples = q_loss(unweighted, network, target, recipe).loss
+    both = replace(batch, demonstrations=taught)
+    together = q_loss(both, network, target, recipe.model_copy(update={"supervised": weight})).loss
+    log_probs = batch.at_tokens(network(batch).over_vocabulary(log_prob_of, batch.actions))[3]
+    cross_entropy = -log_probs.sum() + (0.0 if recipe is CLASSIC else batch.reference_log_probs[3].sum())
+    torch.testing.assert_close(together - of_samples, weight * cross_entropy)

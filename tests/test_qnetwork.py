@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lmdqn.episodes import MATCH_FEATURES, Batch, Episode, Example, make_batch
 from lmdqn.model.loading import LoadedModel, load_model, load_trained
-from lmdqn.model.qnetwork import Networks, trained_parameters
+from lmdqn.model.qnetwork import Networks, over_vocabulary, trained_parameters
 from lmdqn.recipe import Lora, ModelSection, OutputSection, validate
 from lmdqn.results.run_folder import RunFolder
 
@@ -80,6 +80,20 @@ def test_polyak_moves_the_target_by_the_given_share(loaded: LoadedModel) -> None
         torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * online[name])
 
 
+def test_the_reference_is_reset_and_the_first_one_kept(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, beta=0.1, seed=0, keep_first=True)
+    assert networks.first is not None
+    batch = a_batch(loaded)
+    before = networks.reference(batch).logits
+    nudge(networks)
+    networks.reset_reference()
+    torch.testing.assert_close(networks.reference(batch).logits, networks.online(batch).logits)
+    torch.testing.assert_close(networks.first(batch).logits, before, rtol=0, atol=0)
+    assert not torch.allclose(networks.reference(batch).logits, before)
+    assert set(networks.state()) == {"online", "target", "reference", "first"}
+    assert set(Networks.build(scratch("gpt2"), 0.1, 0).state()) == {"online", "target", "reference"}
+
+
 def test_gradients_reach_the_online_network_alone(loaded: LoadedModel) -> None:
     networks = Networks.build(loaded, beta=0.1, seed=0)
     batch = a_batch(loaded)
@@ -116,6 +130,38 @@ def test_under_lora_the_base_is_held_once(loaded: LoadedModel) -> None:
     if is_lora:
         trained = {id(p) for p in trained_parameters(networks.online)}
         assert trained == {id(p) for n, p in networks.online.weights().items() if not n.startswith("value_head")}
+
+
+@pytest.mark.parametrize(("family", "modules"), [("gpt2", ["c_attn", "lm_head"]), ("t5", ["q", "lm_head"])])
+def test_logits_in_chunks_keep_to_their_adapter_even_on_the_head(
+    family: str, modules: list[str], tmp_path: Path
+) -> None:
+    """An adapter on the LM head itself: each network's chunks go through its own, and only online's learns."""
+    plain = scratch(family)
+    plain.model.save_pretrained(tmp_path)
+    plain.tokenizer.save_pretrained(tmp_path)
+    section = ModelSection(name=str(tmp_path), lora=Lora(rank=4, target_modules=modules))
+    loaded = load_model(section, (), seed=0, max_response_tokens=8)
+    batch = a_batch(loaded)
+    found = []
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    nudge(networks)
+    vocabulary = len(loaded.tokenizer)
+    for limit in (None, 2 * 4 * vocabulary / 2**20):
+        for network in (networks.online, networks.target):
+            network.chunk_mib = limit
+        ours = networks.online(batch)
+        with torch.no_grad():
+            theirs = networks.target(batch)
+        both = over_vocabulary([ours, theirs], lambda a, b: torch.cat([a, b], dim=1))  # (N, 2 V)
+        both.square().sum().backward()
+        gradient = [p.grad.flatten() for p in trained_parameters(networks.online) if p.grad is not None]
+        assert all(p.grad is None for p in networks.target.weights().values())
+        found.append((both, torch.cat(gradient)))
+        networks.online.model.zero_grad()
+    assert not torch.allclose(found[0][0][:, :vocabulary], found[0][0][:, vocabulary:])
+    for whole, in_chunks in zip(*found, strict=True):
+        assert (whole - in_chunks).norm() <= 2e-4 * whole.norm()
 
 
 def test_what_is_saved_answers_as_the_target_does_and_holds_its_value_head(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from lmdqn.errors import UserError
-from lmdqn.recipe import Recipe, Section, changed_recipe, dump_recipe, load_recipe, nearest, validate
+from lmdqn.recipe import Recipe, Section, dump_recipe, load_recipe, nearest, validate
 from lmdqn.shipped import describe, find_recipe, shipped_recipes
 
 WriteRecipe = Callable[[Any], Path]
@@ -52,9 +52,9 @@ def test_unknown_key_names_the_nearest(
 
 
 def test_unknown_key_like_no_other_lists_the_few_there_are(write_recipe: WriteRecipe) -> None:
-    sentence = refusal(write_recipe(SMALLEST), "output.zzz=1")
-    assert "'output.zzz'" in sentence
-    assert sentence.endswith("there are dir, overwrite, log_every_steps")
+    sentence = refusal(write_recipe(SMALLEST), "data.splits.zzz=1")
+    assert "'data.splits.zzz'" in sentence
+    assert sentence.endswith("there are train, validation, test")
 
 
 def test_nearest_is_silent_when_choices_are_many_and_none_is_near() -> None:
@@ -124,6 +124,25 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
             ["rollout.samples=1", "qlearning.baseline=none", "qlearning.loss=path"],
             ["qlearning.loss=path", "rollout.samples"],
         ),
+        (["qlearning.loss=path", "qlearning.backup=hard"], ["qlearning.loss=path", "qlearning.backup=hard", "soft"]),
+        (["qlearning.loss=path", "qlearning.n_step=3"], ["qlearning.n_step", "loss=td"]),
+        (["qlearning.loss=path", "qlearning.actor=1"], ["qlearning.actor", "loss=td"]),
+        (["qlearning.loss=path", "qlearning.importance=token"], ["qlearning.importance=token", "importance=episode"]),
+        (["qlearning.path_value=network"], ["qlearning.path_value=network", "qlearning.loss=path"]),
+        (["qlearning.backup_top_k=5"], ["qlearning.backup_top_k", "qlearning.backup=soft"]),
+        (["qlearning.value_quantiles=5", "qlearning.form=calibrated"], ["qlearning.value_quantiles", "dueling"]),
+        (["qlearning.supervised=1"], ["qlearning.supervised", "replay.demonstrations"]),
+        (
+            ["qlearning.importance=token", "replay.demonstrations=1"],
+            ["qlearning.importance=token", "replay.demonstrations"],
+        ),
+        (["replay.sampling=prioritised"], ["replay.sampling=prioritised", "replay.fresh_share"]),
+        (["replay.learning_starts_episodes=5000"], ["replay.learning_starts_episodes", "replay.capacity_episodes"]),
+        (["offline={path: x, rounds: 2}"], ["offline.rounds", "replay.fresh_share"]),
+        (
+            ["offline={path: x, boltzmann_js_nats: 0.1}", "qlearning.form=classic"],
+            ["offline.boltzmann_js_nats", "qlearning.form=classic"],
+        ),
         (["reward.mix={}"], ["reward.mix", "at least one"]),
         (["reward.mix={rougel: 1}"], ["reward.mix", "'rougel'", "did you mean 'rougeL'?"]),
     ],
@@ -145,12 +164,22 @@ def test_impossible_pair_is_named(write_recipe: WriteRecipe, overrides: list[str
         ["rollout.samples=1", "qlearning.baseline=running"],
         ["rollout.samples=1", "replay.demonstrations=1", "qlearning.baseline=none"],
         ["qlearning.form=classic", "qlearning.loss=td"],
+        ["qlearning.form=classic", "qlearning.backup=soft", "qlearning.trace=0.5"],
+        ["rollout.samples=1", "qlearning.baseline=none", "qlearning.loss=path", "qlearning.path_value=network"],
         ["data.chat=true", "data.system=Be brief."],
         [*PRETRAINED, "model.lora.rank=4"],
     ],
 )
 def test_possible_pair_is_taken(write_recipe: WriteRecipe, overrides: list[str]) -> None:
     assert isinstance(load_recipe(write_recipe(SMALLEST), overrides), Recipe)
+
+
+def test_the_classic_form_is_the_textbooks_unless_told(write_recipe: WriteRecipe) -> None:
+    file = write_recipe(SMALLEST)
+    default, classic = (load_recipe(file, [f"qlearning.form={form}"]).qlearning for form in ("dueling", "classic"))
+    assert (default.backup, default.trace) == ("soft", 0.95)
+    assert (classic.backup, classic.trace) == ("hard", 0.0)
+    assert load_recipe(file, ["qlearning.form=classic", "qlearning.trace=0.5"]).qlearning.trace == 0.5
 
 
 @pytest.mark.parametrize("override", ["qlearning.max_steps", "=3", ""])
@@ -274,19 +303,6 @@ def test_a_dumped_recipe_writes_out_every_default(write_recipe: WriteRecipe) -> 
     tree = yaml.safe_load(dump_recipe(recipe))
     assert list(tree) == list(Recipe.model_fields)
     assert list(tree["qlearning"]) == list(type(recipe.qlearning).model_fields)
-
-
-def test_changed_recipe_changes_only_what_it_is_told() -> None:
-    recipe = validate(SMALLEST, "here")
-    changed = changed_recipe(recipe, output={"dir": "elsewhere"}, warm_start={"epochs": 2})
-    assert changed.output.dir == "elsewhere"
-    assert changed.warm_start is not None
-    assert changed.model_copy(update={"output": recipe.output, "warm_start": None}) == recipe
-
-
-def test_changed_recipe_is_validated() -> None:
-    with pytest.raises(UserError, match=r"unknown key 'output.dri'; did you mean 'dir'\?"):
-        changed_recipe(validate(SMALLEST, "here"), output={"dri": "elsewhere"})
 
 
 def test_a_recipe_never_changes() -> None:

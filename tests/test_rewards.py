@@ -1,5 +1,6 @@
 """Rewards: mixes of metrics and of functions that a user brings."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,16 @@ def too_few(responses, references, sources):
 def not_a_number(responses, references, sources):
     return [0.0, float("nan"), 1.0]
 
+def stumbles(responses, references, sources):
+    return [1 / (len(response) - len("nothing of it")) for response in responses]
+
+def crowded(responses, references, sources):
+    raise MemoryError if len(responses) > 1 else ValueError
+
+def hangs(responses, references, sources):
+    while True:
+        pass
+
 def infinite(responses, references, sources):
     return [0.0, 1.0, float("inf")]
 
@@ -48,8 +59,10 @@ def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def scores(mix: dict[str, float], responses: Sequence[str] = RESPONSES) -> list[float]:
-    return Reward(RewardSection(mix=mix))(responses, REFERENCES, SOURCES)
+def scores(
+    mix: dict[str, float], responses: Sequence[str] = RESPONSES, max_seconds: float | None = None
+) -> list[float]:
+    return Reward(RewardSection(mix=mix, max_seconds=max_seconds))(responses, REFERENCES, SOURCES)
 
 
 def test_every_term_is_its_metric() -> None:
@@ -134,13 +147,24 @@ def test_files_of_one_name_do_not_mix(user_file: Path, tmp_path: Path) -> None:
     ("function", "complaint"),
     [
         ("too_few", "gave 1 scores for 3 responses"),
-        ("not_a_number", "gave nan for the response 'a b c d a b c d'"),
-        ("infinite", "gave inf for the response 'nothing of it'"),
+        ("not_a_number", "gave nan for response 1 of 3, 'a b c d a b c d' to 'two'"),
+        ("infinite", "gave inf for response 2 of 3, 'nothing of it' to 'three'"),
+        (
+            "stumbles",
+            r"failed with ZeroDivisionError: .* \(line \d+ of .*my_rewards.py\), for response 2 of 3, "
+            "'nothing of it' to 'three'",
+        ),
     ],
 )
 def test_user_function_that_gives_no_scores(user_file: Path, function: str, complaint: str) -> None:
     with pytest.raises(UserError, match=f"^reward 'my_rewards:{function}' {complaint}$"):
         scores({f"my_rewards:{function}": 1})
+
+
+def test_user_function_that_hangs(user_file: Path) -> None:
+    with pytest.raises(UserError, match=r"longer than reward\.max_seconds=0\.05 for 3 responses, the first response 0"):
+        scores({"my_rewards:hangs": 1}, max_seconds=0.05)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -155,20 +155,24 @@ def test_the_classic_form_and_epsilon_greedy_run(farm: Path, tmp_path: Path) -> 
 
 def test_the_runs_folder_keeps_its_contract(causal_run: Path, farm: Path) -> None:
     assert {file.name for file in causal_run.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "results.json", "predictions.jsonl", "model", "last",
+        "recipe.yaml", "metrics.jsonl", "results.json", "predictions.jsonl", "calibration.parquet", "report.html",
+        "model", "last", "reference", "checkpoints",
     }  # fmt: skip
     assert load_recipe(causal_run / "recipe.yaml").data.path == str(farm)
     results = json.loads((causal_run / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"test", "p_value", "seconds"}
+    assert set(results) == {"test", "interval", "p_value", "seconds", "environment"}
     for phase in ("start", "mle", "dqn"):
         assert {"bleu", "rouge1", "rouge2", "rougeL", "chrf", "length_words", "distinct2"} <= set(
             results["test"][phase]
         )
-    assert {"bleu", "rougeL", "reward"} <= set(results["p_value"])
+        low, high = results["interval"][phase]["rougeL"]
+        assert low <= results["test"][phase]["rougeL"] <= high
+    assert {"bleu", "rougeL", "reward", "length_words"} <= set(results["p_value"])
     assert {"mle", "dqn", "total"} == set(results["seconds"])
     lines = [json.loads(line) for line in (causal_run / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 10
-    assert set(lines[0]) == {"source", "references", "start", "mle", "dqn"}
+    assert set(lines[0]) == {"source", "references", "start", "mle", "dqn", "scores"}
+    assert {"reward", "rougeL"} <= set(lines[0]["scores"]["dqn"])
 
 
 def test_every_logged_key_is_documented(causal_run: Path) -> None:

@@ -7,6 +7,7 @@ of the return than one that must guess the references from the source; the polic
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lmdqn.episodes import MATCH_FEATURES, Episode
 
 LONGEST_NGRAM = 4
+KEPT_REFERENCES = 4096  # sets of references whose n-grams are kept
 
 
 def measure_matches(episodes: Sequence[Episode]) -> None:
@@ -65,10 +67,7 @@ def lcs_lengths(first: Tensor, second: Tensor) -> Tensor:
 def _ngram_features(episode: Episode) -> list[list[float]]:
     """(n + 1, 6): clipped precision for n = 1 .. 4, the longest matching ending over 4, and the relative length."""
     references = episode.example.reference_ids
-    allowed: Counter[tuple[int, ...]] = Counter()
-    for ids in references:
-        for gram, count in Counter(_ngrams(ids)).items():
-            allowed[gram] = max(allowed[gram], count)
+    allowed = _most_in_a_reference(references)
     mean_length = sum(len(ids) for ids in references) / len(references)
     response, matched = episode.response_ids, [0] * LONGEST_NGRAM
     used: Counter[tuple[int, ...]] = Counter()
@@ -77,13 +76,23 @@ def _ngram_features(episode: Episode) -> list[list[float]]:
         ending = 0
         for n in range(1, min(LONGEST_NGRAM, t) + 1):
             gram = tuple(response[t - n : t])
-            if used[gram] < allowed[gram]:
+            if used[gram] < allowed.get(gram, 0):
                 used[gram] += 1
                 matched[n - 1] += 1
                 ending = n
         precision = [m / (t - n) if t > n else 1.0 for n, m in enumerate(matched)]
         rows.append([*precision, ending / LONGEST_NGRAM, t / mean_length])
     return rows
+
+
+@lru_cache(maxsize=KEPT_REFERENCES)
+def _most_in_a_reference(references: tuple[tuple[int, ...], ...]) -> dict[tuple[int, ...], int]:
+    """How often each n-gram stands in the reference that has most of it; kept, as prompts come back."""
+    most: dict[tuple[int, ...], int] = {}
+    for ids in references:
+        for gram, count in Counter(_ngrams(ids)).items():
+            most[gram] = max(most.get(gram, 0), count)
+    return most
 
 
 def _ngrams(ids: Sequence[int]) -> list[tuple[int, ...]]:

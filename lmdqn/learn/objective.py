@@ -1,14 +1,23 @@
 """From a batch and the networks to the loss: which Q, which target, which residual."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lmdqn.episodes import Batch
-from lmdqn.learn.losses import path_residuals, residual_loss
-from lmdqn.learn.targets import group_values, lambda_targets, one_step_targets
-from lmdqn.model.qnetwork import QNetwork, StateOutputs, response_log_probs
+from lmdqn.learn.backups import BACKUPS, Views, is_greedy, needs_reference, needs_target_logits
+from lmdqn.learn.losses import path_residuals, quantile_loss, residual_loss
+from lmdqn.learn.targets import (
+    continuing,
+    discounts,
+    group_values,
+    importance_weights,
+    lambda_targets,
+    n_step_targets,
+)
+from lmdqn.model.exploration import Exploration
+from lmdqn.model.qnetwork import Networks, response_log_probs
 from lmdqn.model.vocabulary import value_of
 from lmdqn.recipe import QLearningSection
 
@@ -23,12 +32,23 @@ class Learnt:
     values: Tensor  # (B, T) V(s_t) of the online network, reward units, detached
 
 
-def q_loss(batch: Batch, online: QNetwork, target: QNetwork, recipe: QLearningSection) -> Learnt:
-    """The recipe's loss on one batch, differentiable in the online network alone."""
-    loss_of = {"dueling": _dueling_loss, "classic": _classic_loss}[recipe.form]
-    if recipe.loss == "path":
-        loss_of = _path_loss
-    return loss_of(batch, online, target, recipe)
+def q_loss(batch: Batch, networks: Networks, recipe: QLearningSection, exploration: Exploration) -> Learnt:
+    """The recipe's loss on one batch, differentiable in the online network alone.
+
+    `exploration` is the behaviour policy of the moment: the expected backup takes its mean under it.
+    """
+    views = _look(batch, networks, recipe, exploration)
+    log_probs = response_log_probs(batch, views.online)
+    weights = _weights(batch, log_probs, recipe)
+    log_ratios = (log_probs - batch.reference_log_probs) * batch.response_mask
+    loss_of = _path_loss if recipe.loss == "path" else _td_loss
+    learnt = loss_of(batch, views, log_probs, log_ratios, weights)
+    terms = conservative_terms(batch, views, log_probs, log_ratios)
+    if recipe.conservative:
+        learnt.loss = learnt.loss + recipe.conservative * terms.sum()
+    if recipe.supervised:
+        learnt.loss = learnt.loss + recipe.supervised * terms[batch.demonstrations].sum()
+    return learnt
 
 
 def loss_terms(batch: Batch, recipe: QLearningSection) -> int:
@@ -36,47 +56,100 @@ def loss_terms(batch: Batch, recipe: QLearningSection) -> int:
     return len(batch.response_mask) if recipe.loss == "path" else int(batch.response_mask.sum())
 
 
-def _dueling_loss(batch: Batch, online: QNetwork, target: QNetwork, recipe: QLearningSection) -> Learnt:
-    """Q(s, a) = V(s) + beta log(pi/pi_0)(a|s) against soft TD(lambda) targets; residuals in nats."""
-    outputs = online(batch)
-    log_ratios = _log_ratios(batch, outputs)
-    values = batch.at_states(outputs.values)  # (B, T + 1)
+def conservative_terms(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor) -> Tensor:
+    """log sum_a pi_0 exp(Q/beta) - Q(a_t)/beta of each token (Kumar et al. 2020, eq. 4, with pi_0 as prior), (B, T).
+
+    With Q = V + beta log(pi/pi_0) this is -log(pi/pi_0)(a_t): the MLE loss on the data's actions up to a constant.
+    The classic form takes it of raw logits: -log pi(a_t). On demonstrations alone it is the supervised loss of
+    learning from demonstrations (DQfD, Hester et al. 2018, eq. 4), soft like everything here.
+    """
+    return -(log_probs if views.is_classic else log_ratios)
+
+
+def _td_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor, weights: Tensor) -> Learnt:
+    """Q(s_t, a_t) of each token against its target; residuals in nats (classic: in reward)."""
+    recipe, unit = views.recipe, views.unit
+    scores = batch.at_tokens(views.online.over_vocabulary(value_of, batch.actions)) if views.is_classic else log_ratios
+    bases = batch.at_states(views.base(views.online))  # (B, T + 1)
     with torch.no_grad():
-        target_values = batch.at_states(target(batch, need_logits=False).values)
-        y = lambda_targets(
-            batch.rewards, target_values, log_ratios, batch.response_mask, recipe.gamma, recipe.trace, recipe.beta
-        )
-    residuals = (values[:, :-1] - y) / recipe.beta + log_ratios
-    return _learnt(residuals, batch.response_mask, log_ratios, values, recipe)
+        y = _targets(batch, views, scores)
+        values = batch.at_states(BACKUPS[recipe.backup](replace(views, target=views.online)))
+    if views.online.quantiles is not None:
+        bases = bases.detach()  # the value head learns by its quantiles; their mean is Q's base
+    residuals = (bases[:, :-1] - y) / unit + scores
+    learnt = _learnt(residuals, weights, log_ratios, values, recipe)
+    if views.online.quantiles is not None:
+        samples = (y / unit - scores).detach()[batch.response_mask]
+        quantiles = views.online.quantiles[batch.acting] / unit
+        learnt.loss = learnt.loss + quantile_loss(quantiles, samples, weights[batch.response_mask])
+    if recipe.actor:
+        advantages = -learnt.residuals if recipe.is_soft else (y - learnt.values) / unit
+        learnt.loss = learnt.loss - recipe.actor * (weights * advantages * log_probs).sum()
+    return learnt
 
 
-def _path_loss(batch: Batch, online: QNetwork, target: QNetwork, recipe: QLearningSection) -> Learnt:
-    """One residual an episode, the prompt's value in closed form from its group."""
-    outputs = online(batch)
-    log_ratios = _log_ratios(batch, outputs)
-    returns = batch.rewards.sum(1) - recipe.beta * log_ratios.detach().sum(1)
-    first_values = group_values(returns, batch.groups)
-    residuals = path_residuals(first_values, log_ratios, batch.rewards, batch.response_mask, recipe.beta)
-    values = first_values[:, None].expand(-1, log_ratios.shape[1] + 1)
-    every_episode = torch.ones_like(residuals, dtype=torch.bool)[:, None]
-    return _learnt(residuals[:, None], every_episode, log_ratios, values, recipe)
+def _targets(batch: Batch, views: Views, scores: Tensor) -> Tensor:
+    """(B, T) targets of Q(s_t, a_t), by the recipe's backup and return."""
+    recipe = views.recipe
+    values = batch.at_states(BACKUPS[recipe.backup](views))  # (B, T + 1)
+    bonuses, greedy = torch.zeros_like(scores), None
+    if recipe.is_soft:
+        bonuses = views.unit * scores
+        if views.is_classic:
+            bonuses = bonuses - batch.at_tokens(views.soft_value(views.online))
+    elif recipe.backup in ("hard", "double"):
+        greedy = batch.at_tokens(is_greedy(views, batch.actions)).bool()
+    continues = continuing(batch.response_mask, greedy)
+    if recipe.n_step is not None:
+        return n_step_targets(batch.rewards, values, bonuses, continues, recipe.gamma, recipe.n_step)
+    return lambda_targets(batch.rewards, values, bonuses, continues, recipe.gamma, recipe.trace)
 
 
-def _classic_loss(batch: Batch, online: QNetwork, target: QNetwork, recipe: QLearningSection) -> Learnt:
-    """Q(s, a) is the raw logit and y = r + gamma max_a Q(s', a): DQN as published, the baseline to beat."""
-    outputs = online(batch)
-    q = batch.at_tokens(value_of(outputs.logits, batch.actions))
+def _path_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor, weights: Tensor) -> Learnt:
+    """One residual an episode; the prompt's value is the network's, or in closed form from its group."""
+    recipe = views.recipe
+    gammas = discounts(log_ratios.shape[1], recipe.gamma, log_ratios)
+    lengths = batch.response_mask.sum(1, keepdim=True)  # (B, 1)
+    if recipe.path_value == "network":
+        values = batch.at_states(views.base(views.online))
+        first_values = values[:, 0]
+        with torch.no_grad():
+            last = batch.at_states(views.base(views.target)).gather(1, lengths)  # zero unless truncated
+        last_values = (recipe.gamma**lengths * last).squeeze(1)
+    else:
+        returns = (gammas * batch.rewards).sum(1) - recipe.beta * (gammas * log_ratios.detach()).sum(1)
+        first_values = group_values(returns, batch.groups)
+        last_values = torch.zeros_like(first_values)
+        values = first_values[:, None].expand(-1, log_ratios.shape[1] + 1)
+    residuals = path_residuals(first_values, last_values, log_ratios, batch.rewards, gammas, recipe.beta)
+    return _learnt(residuals[:, None], weights[:, :1], log_ratios, values, recipe)
+
+
+def _look(batch: Batch, networks: Networks, recipe: QLearningSection, exploration: Exploration) -> Views:
+    """Run the networks that the recipe's form, backup and loss need."""
+    online = networks.online(batch)
+    if recipe.loss == "path" and recipe.path_value == "group":
+        return Views(recipe, exploration, online, target=online, reference=None)  # the value is in closed form
     with torch.no_grad():
-        best = batch.at_states(target(batch).logits.float().amax(-1))
-        y = one_step_targets(batch.rewards, best, recipe.gamma)
-        values = batch.at_states(outputs.logits.float().amax(-1))
-    return _learnt(q - y, batch.response_mask, _log_ratios(batch, outputs), values, recipe)
+        target = networks.target(batch, need_logits=needs_target_logits(recipe))
+        reference = networks.reference(batch) if needs_reference(recipe, exploration) else None
+    return Views(recipe, exploration, online, target, reference)
 
 
-def _learnt(residuals: Tensor, mask: Tensor, log_ratios: Tensor, values: Tensor, recipe: QLearningSection) -> Learnt:
-    loss = residual_loss(residuals, mask, recipe.huber_delta)
-    return Learnt(loss, (residuals * mask).detach(), log_ratios.detach(), values[:, :-1].detach())
+def _weights(batch: Batch, log_probs: Tensor, recipe: QLearningSection) -> Tensor:
+    """(B, T) what each token's residual weighs, zero on padding."""
+    weights = batch.weights[:, None] * batch.response_mask
+    if recipe.supervised:
+        weights = weights * ~batch.demonstrations[:, None]
+    if recipe.importance == "none":
+        return weights
+    ratios = importance_weights(
+        log_probs, batch.behaviour_log_probs, batch.response_mask, recipe.importance, recipe.importance_clip
+    )
+    return weights * ratios
 
 
-def _log_ratios(batch: Batch, outputs: StateOutputs) -> Tensor:
-    return (response_log_probs(batch, outputs) - batch.reference_log_probs) * batch.response_mask
+def _learnt(residuals: Tensor, weights: Tensor, log_ratios: Tensor, values: Tensor, recipe: QLearningSection) -> Learnt:
+    loss = residual_loss(residuals, weights, recipe.huber_delta)
+    masked = residuals.masked_fill(weights == 0, 0.0)
+    return Learnt(loss, masked.detach(), log_ratios.detach(), values[:, :-1].detach())

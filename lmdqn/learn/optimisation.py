@@ -2,14 +2,40 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lmdqn.errors import NotFinite
+from lmdqn.learn.processes import Processes
+
 Part = TypeVar("Part")
 ParameterGroup = tuple[list[nn.Parameter], float]  # parameters and their peak learning rate
+
+
+class Skips:
+    """Counts what was skipped because a number was not finite."""
+
+    def __init__(self, most_in_a_row: int):
+        self.most_in_a_row = most_in_a_row
+        self.total = 0
+        self.in_a_row = 0
+
+    def note(self, problem: NotFinite) -> None:
+        """One more; raises `problem` when it is one too many in a row."""
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row > self.most_in_a_row:
+            raise problem
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
 class Optimiser:
@@ -24,6 +50,7 @@ class Optimiser:
         clip_norm: float,
     ):
         self.accelerator = accelerator
+        self.processes = Processes(accelerator)
         self.clip_norm = clip_norm
         self._rates = [rate for _, rate in groups]
         self._parameters = [p for parameters, _ in groups for p in parameters]
@@ -33,17 +60,39 @@ class Optimiser:
         self._adamw = accelerator.prepare_optimizer(adamw)
 
     def update(self, parts: Iterable[Part], loss_of: Callable[[Part], Tensor], rate_factor: float) -> float:
-        """Add up the gradients of `loss_of` each part and take one step; gives the gradient's norm before clipping."""
+        """Add up the gradients of `loss_of` each part and take one step; gives the gradient's norm before clipping.
+
+        Each process brings its own parts; all take the same step.
+
+        Raises:
+            NotFinite: the gradient is not; no weight has moved.
+        """
         for part in parts:
             with self.accelerator.autocast():
                 loss = loss_of(part)
             self.accelerator.backward(loss)
+        self.processes.sum_gradients(self._parameters)
         norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm)
         for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
-        self._adamw.step()
+        if norm.isfinite() or self.accelerator.scaler is not None:  # fp16's scaler skips by itself and scales down
+            self._adamw.step()
         self._adamw.zero_grad()
+        if not norm.isfinite():
+            raise NotFinite("the gradient of the loss is not finite")
         return float(norm)
+
+    def state(self) -> dict[str, Any]:
+        """Adam's moments of each parameter, and the loss scale of fp16."""
+        moments = {str(i): moment for i, moment in self._adamw.state_dict()["state"].items()}
+        scaler = self.accelerator.scaler
+        return {"moments": moments, "scaler": scaler.state_dict() if scaler is not None else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        moments = {int(i): moment for i, moment in state["moments"].items()}
+        self._adamw.load_state_dict({**self._adamw.state_dict(), "state": moments})
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def rate_factor(schedule: str, progress: float, warmup: float) -> float:

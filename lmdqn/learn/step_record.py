@@ -1,14 +1,19 @@
 """The numbers a step logs, computed from its rollout and its updates; `tracking.LOGGED` defines each of them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 
 from lmdqn.episodes import Batch, Episode
 from lmdqn.learn.objective import Learnt
 from lmdqn.learn.replay import Group
+from lmdqn.text.metrics import repeated_4grams
+
+Record = TypeVar("Record", Batch, Learnt)
+MODEL_INPUTS = ("decoder_ids", "decoder_mask", "position_ids", "states", "encoder_ids", "encoder_mask", "encoder_rows")
 
 
 @dataclass
@@ -22,6 +27,42 @@ class Update:
     gradient_norm: float
 
 
+def residuals_of_groups(update: Update) -> dict[int, float]:
+    """Mean |residual| of each group's tokens (path: episodes), by its number."""
+    found: dict[int, list[float]] = {}
+    for part, batch, learnt in zip(update.parts, update.batches, update.learnt, strict=True):
+        terms = batch.response_mask.sum(1) if learnt.residuals.shape[1] > 1 else torch.ones(len(part))
+        means = learnt.residuals.abs().sum(1) / terms.to(learnt.residuals.device)
+        for episode, mean in zip(part, means.tolist(), strict=True):
+            found.setdefault(episode.group, []).append(mean)
+    return {group: fmean(means) for group, means in found.items()}
+
+
+def for_the_record(update: Update) -> Update:
+    """What records read of an update: on the CPU, without gradients, episodes and model inputs."""
+    batches = [_light(batch) for batch in update.batches]
+    return replace(update, parts=[], batches=batches, learnt=[_light(learnt) for learnt in update.learnt])
+
+
+def whole_update(shares: Sequence[Update], parts: Sequence[list[list[Episode]]]) -> Update:
+    """The update that several processes made together, from what each of them gave; `parts` are their episodes."""
+    return replace(
+        shares[0],
+        parts=[part for of_process in parts for part in of_process],
+        batches=[batch for share in shares for batch in share.batches],
+        learnt=[learnt for share in shares for learnt in share.learnt],
+    )
+
+
+def _light(record: Record) -> Record:
+    kept = {}
+    for name in (field.name for field in fields(record)):
+        value = getattr(record, name)
+        if isinstance(value, torch.Tensor):
+            kept[name] = value[:0] if name in MODEL_INPUTS else value.detach().cpu()
+    return replace(record, **kept)
+
+
 def rollout_record(groups: Sequence[Group]) -> dict[str, float]:
     """Reward, length and behaviour of a rollout's sampled episodes."""
     by_group = [[e for e in group if not e.demonstration] for group in groups]
@@ -33,6 +74,7 @@ def rollout_record(groups: Sequence[Group]) -> dict[str, float]:
         "response_tokens": fmean(len(e.response_ids) for e in sampled),
         "truncated_share": fmean(e.truncated for e in sampled),
         "equal_groups_share": fmean(len({e.reward for e in group}) == 1 for group in by_group),
+        "repeated_4grams": fmean(repeated_4grams([e.text for e in sampled])),
         "behaviour_nats": -float(behaviour.mean()),
     }
 
@@ -47,19 +89,28 @@ def update_record(updates: Sequence[Update], fresh_groups: Collection[int]) -> d
         "gradient_norm": fmean(update.gradient_norm for update in updates),
         "value_explained": _explained(updates),
     }
-    if path_kl := _fresh_path_kl(updates[0], fresh_groups):
-        record["kl_nats"] = fmean(path_kl)
+    if fresh := _fresh_paths(updates[0], fresh_groups):
+        record["kl_nats"] = fmean(ratio for _, ratio, _ in fresh)
+        if fresh[0][0].first_log_probs is not None:
+            record["kl_first_nats"] = fmean(_kl_to_the_first(*path) for path in fresh)
     return record
 
 
-def _fresh_path_kl(update: Update, fresh_groups: Collection[int]) -> list[float]:
-    """sum_t log(pi / pi_0) of each freshly sampled episode in the update."""
-    sums = []
-    for part, learnt in zip(update.parts, update.learnt, strict=True):
-        for episode, path in zip(part, learnt.log_ratios.sum(1).tolist(), strict=True):
+def _fresh_paths(update: Update, fresh_groups: Collection[int]) -> list[tuple[Episode, float, float]]:
+    """Each freshly sampled episode in the update, with sum_t log(pi / pi_0) and sum_t log pi_0."""
+    paths = []
+    for part, batch, learnt in zip(update.parts, update.batches, update.learnt, strict=True):
+        sums = (learnt.log_ratios.sum(1).tolist(), batch.reference_log_probs.sum(1).tolist())
+        for episode, ratio, reference in zip(part, *sums, strict=True):
             if episode.group in fresh_groups and not episode.demonstration:
-                sums.append(path)
-    return sums
+                paths.append((episode, ratio, reference))
+    return paths
+
+
+def _kl_to_the_first(episode: Episode, ratio: float, reference: float) -> float:
+    """sum_t log(pi / pi_first)."""
+    assert episode.first_log_probs is not None
+    return ratio + reference - float(episode.first_log_probs.sum())
 
 
 def _explained(updates: Sequence[Update]) -> float:

@@ -1,43 +1,71 @@
 """The Q-learning phase: roll out, score, replay, update, track. Someone who knows DQN should know it at a glance."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from lmdqn.episodes import Batch, Episode, Example, demonstration, make_batch, micro_batches
+from lmdqn.episodes import Batch, Episode, Example, make_batch, micro_batches
+from lmdqn.errors import NotFinite
+from lmdqn.learn.behaviour import fit_sharpness
 from lmdqn.learn.budget import Budget
-from lmdqn.learn.match_features import measure_matches
+from lmdqn.learn.checkpoint import AfterStep
+from lmdqn.learn.collector import Collector
+from lmdqn.learn.guards import Guards
 from lmdqn.learn.objective import Learnt, loss_terms, q_loss
-from lmdqn.learn.optimisation import Optimiser, rate_factor
+from lmdqn.learn.optimisation import Optimiser, Skips, rate_factor
+from lmdqn.learn.processes import Processes
 from lmdqn.learn.replay import Group, Replay
-from lmdqn.learn.step_record import Update, rollout_record, update_record
+from lmdqn.learn.step_record import (
+    Update,
+    for_the_record,
+    residuals_of_groups,
+    rollout_record,
+    update_record,
+    whole_update,
+)
+from lmdqn.model.exploration import Exploration, exploration_at
 from lmdqn.model.qnetwork import Networks, trained_parameters
-from lmdqn.model.rollout import Exploration, Rollout, measure_reference
+from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import Recipe
+from lmdqn.results.calibration import Calibration
 from lmdqn.results.tracking import Tracker
 from lmdqn.text.rewards import Reward
 
 Validate = Callable[[], dict[str, float]]  # metrics of the target network on the validation split
+BestState = Callable[[], dict[str, Any]]  # a trainer's state when it validated best
+_PARTS = (
+    "networks",
+    "optimiser",
+    "generators",
+    "collector",
+    "replay",
+    "calibration",
+    "skips",
+    "guards",
+)  # of a trainer, each with a state of its own
 
 
 @dataclass
 class Generators:
-    """Every source of randomness in the phase, by name."""
+    """The sources of randomness in the phase, by name; that of a rollout follows from the seed and its groups."""
 
     prompts: torch.Generator
-    rollout: torch.Generator
     replay: torch.Generator
 
     @classmethod
-    def seeded(cls, seed: int, device: torch.device) -> "Generators":
-        return cls(
-            torch.Generator().manual_seed(seed),
-            torch.Generator(device).manual_seed(seed + 1),
-            torch.Generator().manual_seed(seed + 2),
-        )
+    def seeded(cls, seed: int) -> "Generators":
+        return cls(torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 2))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every generator's, for a checkpoint."""
+        return {f.name: getattr(self, f.name).get_state() for f in fields(self)}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        for name, of_generator in state.items():
+            getattr(self, name).set_state(of_generator)
 
 
 @dataclass
@@ -51,19 +79,29 @@ class Trainer:
     reward: Reward
     accelerator: Accelerator
     tracker: Tracker
+    log: Sequence[Group] = ()  # of offline learning: a list is held in memory, anything else is left where it is
+    processes: Processes = field(init=False)
+    collector: Collector = field(init=False)
     replay: Replay = field(init=False)
     optimiser: Optimiser = field(init=False)
+    skips: Skips = field(init=False)
+    guards: Guards = field(init=False)
     generators: Generators = field(init=False)
+    budget: Budget = field(init=False)
+    calibration: Calibration = field(init=False)
     step: int = field(init=False, default=0)
     updates: int = field(init=False, default=0)
-    _prompt_order: list[int] = field(init=False, default_factory=list)
-    _running_reward: float | None = field(init=False, default=None)
+    best: float | None = field(init=False, default=None)  # validation so far; None before the first
+    checks_without_better: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         optimisation = self.recipe.optimisation
         rate = optimisation.learning_rate
         online = self.networks.online
         value_rate = rate * self.recipe.qlearning.value_learning_rate_scale
+        self.processes = Processes(self.accelerator)
+        self.guards = Guards(self.recipe.guards)
+        self.skips = Skips(optimisation.max_skipped)
         self.optimiser = Optimiser(
             self.accelerator,
             [(trained_parameters(online), rate), (list(online.value_head.parameters()), value_rate)],
@@ -71,144 +109,219 @@ class Trainer:
             optimisation.weight_decay,
             optimisation.clip_norm,
         )
-        self.replay = Replay(self.recipe.replay.capacity_episodes)
-        self.generators = Generators.seeded(self.recipe.seed, online.device)
+        self.replay = Replay(self.recipe.replay, self.log)
+        self.generators = Generators.seeded(self.recipe.seed)
+        self.collector = Collector(
+            self.recipe,
+            self.networks,
+            self.rollout,
+            self.examples,
+            self.reward,
+            self.accelerator,
+            self.processes,
+            self.generators.prompts,
+        )
+        self.collector.groups_made = len(self.log)  # the log's groups have the numbers before
+        self._start_clock(0.0)
+        self.calibration = Calibration(self.recipe.qlearning)
         online.eval()  # no dropout: rollouts and updates must see the same policy
 
-    def run(self, validate: Validate) -> float:
-        """Learn until the budget is spent or patience runs out; gives the seconds of learning."""
-        recipe, metric = self.recipe, self.recipe.evaluation.metric
-        budget = Budget(recipe.qlearning.max_steps, recipe.qlearning.max_seconds)
-        with budget.paused():
-            scores = validate()
-        self.tracker.log("dqn", {"step": 0, "seconds": 0.0, **_as_validation(scores)})
-        best, checks_without_better = scores[metric], 0
+    def run(self, validate: Validate, after_step: AfterStep, best_state: BestState | None = None) -> float:
+        """Learn until the budget is spent or patience runs out; gives the seconds of learning.
+
+        `after_step` is called after each step, and once before the first; its time is not counted, nor that of
+        `validate`. Without `best_state`, guards cannot go back to it.
+        """
+        recipe, budget = self.recipe, self.budget
+        if isinstance(self.log, list):
+            self.collector.measure([episode for group in self.log for episode in group])
+        if self.best is None:
+            scores, _ = self._validate(validate)
+            self.tracker.log("dqn", {"step": 0, "seconds": 0.0, **scores})
+            with budget.paused():
+                after_step(0, self.is_over, True)
         with self.tracker.phase("DQN", budget.max_steps, budget.max_seconds):
-            while not budget.spent(self.step) and checks_without_better != recipe.evaluation.patience:
-                groups = self.new_groups()
-                self.replay.add(groups)
-                updates = [self.update(budget) for _ in range(recipe.replay.updates_per_rollout)]
-                self.step += 1
-                record = self._record(groups, updates, budget)
-                is_last = budget.spent(self.step)
-                if is_evaluated := self.step % recipe.evaluation.every_steps == 0 or is_last:
-                    with budget.paused():
-                        scores = validate()
-                    record |= _as_validation(scores)
-                    checks_without_better = 0 if scores[metric] > best else checks_without_better + 1
-                    best = max(best, scores[metric])
+            while not self.is_over:
+                record, better = self._step(), False
+                self._watch(record, best_state)
+                if is_evaluated := self.step % recipe.evaluation.every_steps == 0 or budget.spent(self.step):
+                    scores, better = self._validate(validate)
+                    record |= scores
                 is_due = self.step % recipe.output.log_every_steps == 0
                 self.tracker.log("dqn", record, write=is_due or is_evaluated)
+                with budget.paused():
+                    after_step(self.step, self.is_over, better)
         return budget.seconds
 
-    def new_groups(self) -> list[Group]:
-        """Roll out the next prompts, add demonstrations, score and centre: whole groups, ready for the replay."""
-        recipe = self.recipe
-        examples = self._next_examples(recipe.rollout.prompts)
-        first_group = self.step * recipe.rollout.prompts
+    def _watch(self, record: dict[str, float], best_state: BestState | None) -> None:
+        """Say which guards fire, and go back to the best networks where the recipe wants that."""
+        alarms = self.guards.check(record)
+        for alarm in alarms:
+            self.tracker.say(f"step {self.step}: {alarm} (guards.action={self.recipe.guards.action})")
+        if alarms and best_state is not None and self.recipe.guards.action == "best":
+            best = best_state()
+            self.networks.restore(best["networks"])
+            self.optimiser.restore(best["optimiser"])
+            self.guards.start_again()
+
+    def _step(self) -> dict[str, float]:
+        """Roll out, keep, update; gives the step's line of `metrics.jsonl`."""
+        try:
+            groups = self._roll_out()
+            count = self.recipe.replay.updates_per_rollout if self._may_learn else 0
+            updates = [self.update() for _ in range(count)]
+        except NotFinite as problem:
+            self.step += 1
+            self.skips.note(problem)
+            self.tracker.say(f"step {self.step} was skipped: {problem}")
+            return {"step": self.step, "seconds": self.budget.seconds, "skipped_updates": self.skips.total}
+        self.step += 1
+        self.skips.in_a_row = 0
+        if updates:
+            self.calibration.add(self.step, updates[0], {group[0].group for group in groups})
+        return self._record(groups, updates)
+
+    def _roll_out(self) -> list[Group]:
+        """This step's new episodes, which join the replay; offline, only the steps that begin a round have any."""
+        offline, exploration = self.recipe.offline, self.exploration
+        if offline is not None:
+            begun, within = divmod(self.step, offline.steps_per_round)
+            if within or not 0 < begun <= offline.rounds:
+                return []
+            exploration = self._bounded(exploration)
+        groups = self.collector.new_groups(exploration)
+        self.replay.add(groups)
+        return groups
+
+    def _bounded(self, exploration: Exploration) -> Exploration:
+        """The behaviour policy of a round: held to the log where the recipe asks for it."""
+        assert self.recipe.offline is not None
+        most = self.recipe.offline.boltzmann_js_nats
+        if most is None:
+            return exploration
+        numbers = torch.randperm(len(self.log), generator=self.generators.replay)[: self.recipe.replay.batch_groups]
+        episodes = [episode for number in numbers.tolist() for episode in self.log[number]]
+        self.collector.measure(episodes)
+        layout, device = self.rollout.layout, self.networks.online.device
+        parts = micro_batches(episodes, layout, self.recipe.optimisation.micro_batch_tokens)
+        batches = [make_batch(part, layout).to(device) for part in parts]
         with self.accelerator.autocast():
-            episodes = self.rollout.sample(
-                self.networks.online,
-                examples,
-                recipe.rollout.samples,
-                self.exploration,
-                self.generators.rollout,
-                first_group,
-            )
-            for group, example in enumerate(examples, start=first_group):
-                for k in self._reference_numbers(example):
-                    episodes.append(demonstration(example, k, group, self.rollout.layout.eos_ids))
-            measure_reference(
-                self.networks.reference, episodes, self.rollout.layout, recipe.optimisation.micro_batch_tokens
-            )
-        self._score(episodes)
-        measure_matches(episodes)
-        groups: dict[int, Group] = {}
-        for episode in episodes:
-            groups.setdefault(episode.group, []).append(episode)
-        self._centre(list(groups.values()))
-        return list(groups.values())
+            sharpness, js = fit_sharpness(self.networks, batches, most)
+        self.tracker.say(f"step {self.step}: rolling out at sharpness {sharpness:.2f}, {js:.4f} nats from the log")
+        return replace(exploration, sharpness=sharpness)
+
+    @property
+    def is_over(self) -> bool:
+        """The budget is spent, patience has run out, or a guard has ended it."""
+        return (
+            self.guards.stopped
+            or self.budget.spent(self.step)
+            or self.checks_without_better == self.recipe.evaluation.patience
+        )
+
+    @property
+    def _may_learn(self) -> bool:
+        return len(self.log) > 0 or len(self.replay) >= self.recipe.replay.learning_starts_episodes
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the phase depends on, for a checkpoint."""
+        return {
+            "step": self.step,
+            "updates": self.updates,
+            "seconds": self.budget.seconds,
+            "best": self.best,
+            "checks_without_better": self.checks_without_better,
+            **{part: getattr(self, part).state() for part in _PARTS},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` gave."""
+        self.step, self.updates = state["step"], state["updates"]
+        self.best, self.checks_without_better = state["best"], state["checks_without_better"]
+        for part in _PARTS:
+            getattr(self, part).restore(state[part])
+        self._start_clock(state["seconds"])
 
     @property
     def exploration(self) -> Exploration:
         """How this step's rollout explores."""
-        rollout = self.recipe.rollout
-        if not rollout.epsilon_greedy:
-            return Exploration(rollout.temperature, rollout.top_k)
-        decayed = min(1.0, self.step / rollout.epsilon_decay_steps)
-        epsilon = rollout.epsilon_start + decayed * (rollout.epsilon_end - rollout.epsilon_start)
-        return Exploration(rollout.temperature, rollout.top_k, epsilon)
+        return exploration_at(self.recipe.rollout, self.step)
 
-    def update(self, budget: Budget) -> Update:
+    def update(self) -> Update:
         """One update of the online network on a batch from the replay, then of the target network."""
         recipe = self.recipe
-        episodes = self.replay.sample(recipe.replay.batch_groups, recipe.replay.fresh_share, self.generators.replay)
-        parts = micro_batches(episodes, self.rollout.layout, recipe.optimisation.micro_batch_tokens)
+        progress = self.budget.progress(self.step + 1)
+        first = recipe.replay.priority_correction
+        correction = first + progress * (1 - first)  # to 1, as the policy settles
+        episodes = self.replay.sample(recipe.replay.batch_groups, self.generators.replay, correction)
+        self.collector.measure(episodes)
+        shares = self._shares(episodes)  # of each process, its micro-batches
         device = self.networks.online.device
-        batches = [make_batch(part, self.rollout.layout).to(device) for part in parts]
-        terms = sum(loss_terms(batch, recipe.qlearning) for batch in batches)
+        batches = [make_batch(part, self.rollout.layout).to(device) for part in shares[self.processes.rank]]
+        terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
         learnt: list[Learnt] = []
 
         def loss_of(batch: Batch) -> torch.Tensor:
-            learnt.append(q_loss(batch, self.networks.online, self.networks.target, recipe.qlearning))
+            learnt.append(q_loss(batch, self.networks, recipe.qlearning, self.exploration))
             return learnt[-1].loss / terms
 
         optimisation = recipe.optimisation
         warmup = optimisation.warmup_steps / max(1, recipe.qlearning.max_steps)
-        factor = rate_factor(optimisation.schedule, budget.progress(self.step + 1), warmup)
-        norm = self.optimiser.update(batches, loss_of, factor)
+        factor = rate_factor(optimisation.schedule, progress, warmup)
+        try:
+            norm = self.optimiser.update(batches, loss_of, factor)
+        except NotFinite as problem:
+            problem.episodes = episodes
+            raise
         self.updates += 1
         self.networks.track(self.updates, recipe.qlearning.target_polyak, recipe.qlearning.target_copy_every)
-        return Update(parts, batches, learnt, terms, norm)
+        reset_every = recipe.qlearning.reference_reset_every
+        if reset_every is not None and self.updates % reset_every == 0:
+            self.networks.reset_reference()
+            self.replay.forget_reference()
+        mine = Update(shares[self.processes.rank], batches, learnt, terms, norm)
+        update = whole_update(self.processes.together(lambda: for_the_record(mine)), shares)
+        self.replay.learnt_from(residuals_of_groups(update))
+        return update
 
-    def _record(self, groups: Sequence[Group], updates: Sequence[Update], budget: Budget) -> dict[str, float]:
+    def _shares(self, episodes: Sequence[Episode]) -> list[list[list[Episode]]]:
+        """Each process's micro-batches: groups are dealt out whole."""
+        by_group: dict[int, Group] = {}
+        for episode in episodes:
+            by_group.setdefault(episode.group, []).append(episode)
+        shares = []
+        for rank in range(self.processes.count):
+            dealt = [episode for group in self.processes.share(list(by_group.values()), rank) for episode in group]
+            shares.append(micro_batches(dealt, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens))
+        return shares
+
+    def _start_clock(self, already_s: float) -> None:
+        self.budget = Budget(
+            self.recipe.qlearning.max_steps, self.recipe.qlearning.max_seconds, already_s, self.processes.of_main
+        )
+
+    def _validate(self, validate: Validate) -> tuple[dict[str, float], bool]:
+        """The target network's scores as they are logged, and whether it is the best so far."""
+        with self.budget.paused():
+            scores = validate()
+        score = scores[self.recipe.evaluation.metric]
+        better = self.best is None or score > self.best
+        self.checks_without_better = 0 if better else self.checks_without_better + 1
+        if better:
+            self.best = score
+        return {f"validation_{name}": value for name, value in scores.items()}, better
+
+    def _record(self, groups: Sequence[Group], updates: Sequence[Update]) -> dict[str, float]:
         """The step's line of `metrics.jsonl`."""
         sampled = [e for group in groups for e in group if not e.demonstration]
-        record = {
-            "step": self.step,
-            "seconds": budget.seconds,
-            **rollout_record(groups),
-            **update_record(updates, {e.group for e in sampled}),
-            "replay_episodes": len(self.replay),
-            "episodes_per_s": self.step * len(sampled) / budget.seconds,
-        }
+        record = {"step": self.step, "seconds": self.budget.seconds, "replay_episodes": len(self.replay)}
+        if sampled:
+            record |= rollout_record(groups)
+            record["episodes_per_s"] = self.step * len(sampled) / self.budget.seconds
+        if updates:
+            record |= update_record(updates, {e.group for e in sampled})
         if (epsilon := self.exploration.epsilon) is not None:
             record["epsilon"] = epsilon
+        if self.skips.total:
+            record["skipped_updates"] = self.skips.total
         return record
-
-    def _next_examples(self, count: int) -> list[Example]:
-        """The next prompts of an endless walk over shuffled training examples."""
-        while len(self._prompt_order) < count:
-            self._prompt_order += torch.randperm(len(self.examples), generator=self.generators.prompts).tolist()
-        chosen, self._prompt_order = self._prompt_order[:count], self._prompt_order[count:]
-        return [self.examples[i] for i in chosen]
-
-    def _reference_numbers(self, example: Example) -> list[int]:
-        wanted = self.recipe.replay.demonstrations
-        order = torch.randperm(len(example.references), generator=self.generators.prompts)
-        return order[:wanted].tolist() if wanted else []
-
-    def _score(self, episodes: Sequence[Episode]) -> None:
-        terms = self.reward.terms(
-            [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
-        )
-        for i, (episode, total) in enumerate(zip(episodes, self.reward.mix(terms), strict=True)):
-            episode.reward = total
-            episode.terms = {name: scores[i] for name, scores in terms.items()}
-
-    def _centre(self, groups: Sequence[Group]) -> None:
-        """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone.
-
-        Only sampled rewards count, so that demonstrations, which are better, push no sample down.
-        """
-        kind = self.recipe.qlearning.baseline
-        mean = fmean(e.reward for group in groups for e in group if not e.demonstration)
-        self._running_reward = mean if self._running_reward is None else 0.9 * self._running_reward + 0.1 * mean
-        for group in groups:
-            of_group = fmean(e.reward for e in group if not e.demonstration)
-            for episode in group:
-                episode.baseline = {"group": of_group, "running": self._running_reward, "none": 0.0}[kind]
-
-
-def _as_validation(scores: dict[str, float]) -> dict[str, float]:
-    return {f"validation_{name}": value for name, value in scores.items()}

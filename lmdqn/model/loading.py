@@ -48,7 +48,7 @@ def load_model(section: ModelSection, texts: Sequence[str], seed: int, max_respo
         tokenizer = train_tokenizer(texts, section.from_scratch.vocabulary_size)
         config = scratch_config(section.from_scratch, tokenizer)
         tokenizer = _end_sources(tokenizer) if config.is_encoder_decoder else tokenizer
-        model = _build(config, seed)
+        model = build(config, seed)
     else:
         config = read_config(section)
         tokenizer = _load_tokenizer(section)
@@ -58,7 +58,7 @@ def load_model(section: ModelSection, texts: Sequence[str], seed: int, max_respo
     layout = replace(layout, shares_prompts=can_share_prompts(model, layout))
     model.generation_config = _plain_generation(layout, max_response_tokens)
     if section.lora is not None:
-        model = add_lora(model, section.lora)
+        model = add_lora(model, section.lora, seed)
     return LoadedModel(model.eval(), tokenizer, layout)
 
 
@@ -144,7 +144,12 @@ def hidden_size(model: Any) -> int:
     return model.get_output_embeddings().in_features
 
 
-def _build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model of random weights.
+
+    Raises:
+        UserError: its sizes do not go together.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -238,16 +243,18 @@ def _plain_generation(layout: SequenceFormat, max_response_tokens: int) -> Gener
     )
 
 
-def add_lora(model: PreTrainedModel, lora: Lora) -> Any:
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
     """The model with a fresh adapter, as a PeftModel."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type=task)
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"model.lora: {_first_sentence(error)}") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(f"model.lora: {_first_sentence(error)}") from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

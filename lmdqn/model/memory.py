@@ -1,14 +1,18 @@
 """What a recipe will take, estimated before anything is loaded."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lmdqn.model.loading import add_lora, auto_class, read_config, scratch_config, train_tokenizer
+from lmdqn.episodes import MATCH_FEATURES
+from lmdqn.model.loading import add_lora, build, read_config, scratch_config, train_tokenizer
 from lmdqn.recipe import Recipe
 
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
+TOKEN_BYTES = 40  # of a response: an int of Python's and its place in a list
+EPISODE_BYTES = 2500  # the object, its tensors' headers, its text and its reward's terms
 LOGITS_COPIES = 3  # logits, their float32 log-softmax and their gradient
 
 
@@ -18,19 +22,21 @@ class MemoryEstimate:
 
     parameters: int
     trained_parameters: int
-    weights_bytes: int  # online, target and reference
+    weights_bytes: int  # online, target, reference, and the first one where references are reset
     optimiser_bytes: int  # gradients and Adam's moments
     logits_bytes: int  # one micro-batch, at most
+    replay_bytes: int  # on the host, when it is full of the longest responses
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.optimiser_bytes + self.logits_bytes
+        return self.weights_bytes + self.optimiser_bytes + self.logits_bytes + self.replay_bytes
 
     def __str__(self) -> str:
         return (
             f"{self.parameters:,} parameters, {self.trained_parameters:,} of them trained; about "
-            f"{_size(self.total_bytes)}: three networks {_size(self.weights_bytes)}, gradients and optimiser "
-            f"{_size(self.optimiser_bytes)}, logits of a micro-batch up to {_size(self.logits_bytes)}; "
+            f"{_size(self.total_bytes)}: networks {_size(self.weights_bytes)}, gradients and optimiser "
+            f"{_size(self.optimiser_bytes)}, logits of a micro-batch up to {_size(self.logits_bytes)}, "
+            f"the replay up to {_size(self.replay_bytes)}; "
             "activations and decoding caches come on top"
         )
 
@@ -49,16 +55,33 @@ def estimate_memory(recipe: Recipe) -> MemoryEstimate:
     else:
         config = read_config(section, local_files_only=True)
     with torch.device("meta"):
-        model: Any = auto_class(config).from_config(config)
+        model: Any = build(config, recipe.seed)
         total = sum(p.numel() for p in model.parameters())
         trained = total
         if section.lora is not None:
-            model = add_lora(model, section.lora)
+            model = add_lora(model, section.lora, recipe.seed)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}[section.dtype]
-    weights = total * size + 3 * trained * size if section.lora is not None else 3 * total * size
-    logits = recipe.optimisation.micro_batch_tokens * config.get_text_config().vocab_size * 4 * LOGITS_COPIES
-    return MemoryEstimate(total, trained, weights, trained * (size + ADAM_BYTES), logits)
+    networks = 3 if recipe.qlearning.reference_reset_every is None else 4
+    weights = networks * (trained if section.lora is not None else total) * size
+    weights += total * size if section.lora is not None else 0
+    optimisation = recipe.optimisation
+    logits = optimisation.micro_batch_tokens * config.get_text_config().vocab_size * 4
+    if optimisation.vocabulary_chunk_mib is not None:
+        logits = min(logits, int(optimisation.vocabulary_chunk_mib * 2**20))
+    logits *= LOGITS_COPIES
+    return MemoryEstimate(total, trained, weights, trained * (size + ADAM_BYTES), logits, replay_bytes(recipe))
+
+
+def replay_bytes(recipe: Recipe) -> int:
+    """Of a replay full of the longest responses there may be."""
+    longest = recipe.data.max_response_tokens
+    tokens = recipe.replay.capacity_episodes * longest
+    if recipe.replay.capacity_tokens is not None:
+        tokens = min(tokens, recipe.replay.capacity_tokens)
+    measured = MATCH_FEATURES if recipe.qlearning.value_sees_references else 0
+    measured += 3 if recipe.qlearning.reference_reset_every is not None else 2  # log-probabilities, float32
+    return tokens * (TOKEN_BYTES + 4 * measured) + math.ceil(tokens / longest) * EPISODE_BYTES
 
 
 def _size(count: int) -> str:

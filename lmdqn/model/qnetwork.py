@@ -1,21 +1,25 @@
 """The Q-network: a pretrained model whose LM head is read as Q, and its online, target and reference copies."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import MATCH_FEATURES, Batch
+from lmdqn.errors import UserError
+from lmdqn.model.head import LMHead, head_reads
 from lmdqn.model.loading import LoadedModel, hidden_size
 from lmdqn.model.sharing import causal_inputs
-from lmdqn.model.vocabulary import log_prob_of
+from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
 
-ONLINE_ADAPTER, REFERENCE_ADAPTER = "online", "reference"
+ONLINE_ADAPTER, REFERENCE_ADAPTER, FIRST_ADAPTER = "online", "reference", "first"
 TARGET_ADAPTER = "default"  # the target is what ships, and peft saves the adapter "default" as an ordinary one
 
 
@@ -27,36 +31,63 @@ class ValueHead(nn.Module):
     the language model: with it, updates were measured to run away.
     """
 
-    def __init__(self, hidden: int, features: int, scale: float):
+    def __init__(self, hidden: int, features: int, scale: float, quantiles: int = 1):
         super().__init__()
         self.scale = scale
         self.inner = nn.Linear(hidden + features, hidden)
-        self.outer = nn.Linear(hidden, 1)
+        self.outer = nn.Linear(hidden, quantiles)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
-        """hidden (N, H), features (N, F) -> (N,) in reward units."""
+        """hidden (N, H), features (N, F) -> (N, K) quantiles of the return (or, with one, its mean), reward units."""
         seen = torch.cat([hidden.detach().float(), features], dim=-1)
         inner = nn.functional.gelu(self.inner(seen))
-        return self.scale * self.outer(inner).squeeze(-1).float()
+        return self.scale * self.outer(inner).float()
 
 
 class StateOutputs(NamedTuple):
     """What a network says about the N states of a batch."""
 
-    logits: Tensor  # (N, V); one row only where logits were not asked for
+    logits: Tensor  # (N, V); one row only where logits were not asked for, or come in chunks
     values: Tensor  # (N,) V(s) of the value head, reward units
+    quantiles: Tensor | None = None  # (N, K) where the value head gives more than the mean, reward units
+    logits_of: LogitsOf | None = None  # where logits come in chunks: those of some of the states
+    at_once: int | None = None  # states in such a chunk
+
+    def over_vocabulary(self, reduce: Reduce, *per_state: Tensor) -> Any:
+        """`reduce(logits, *per_state)`: numbers of each state from its float32 logits, (n, V) -> (n, ...)."""
+        return over_vocabulary([self], reduce, *per_state)
+
+
+def over_vocabulary(outputs: Sequence[StateOutputs], reduce: Reduce, *per_state: Tensor) -> Any:
+    """Numbers of each state from what one or several networks say about it.
+
+    The one way from logits to numbers: `reduce(logits, ..., *per_state)` is given float32 logits (n, V) of each
+    network in turn and n rows of each of `per_state`, and gives a tensor, or a tuple of tensors, with n rows.
+    It must treat every state alone, as states may come in chunks; one call is then cheaper than several.
+    """
+    states = len(outputs[0].values)
+    at_once = min(o.at_once or states for o in outputs)
+    if at_once < states:
+        at_once = max(1, at_once // len(outputs))
+    logits_of = [o.logits_of or o.logits.__getitem__ for o in outputs]
+    return reduce_in_chunks(reduce, logits_of, per_state, states, at_once)
 
 
 class QNetwork(nn.Module):
-    """A language model and a value head. With LoRA, several networks share one model and differ by adapter."""
+    """A language model and a value head. With LoRA, several networks share one model and differ by adapter.
 
-    def __init__(self, model: Any, value_head: ValueHead, adapter: str | None = None):
+    Where the float32 logits of a batch take more than `chunk_mib`, they come in chunks of that size.
+    """
+
+    def __init__(self, model: Any, value_head: ValueHead, adapter: str | None = None, chunk_mib: float | None = None):
         super().__init__()
         self.model = model
         self.value_head = value_head
         self.adapter = adapter
+        self.chunk_mib = chunk_mib
+        self._head: LMHead | None = None
 
     def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
         """Logits and values at the states of the batch.
@@ -65,20 +96,40 @@ class QNetwork(nn.Module):
         soft-capping and bias are exactly the family's own.
         """
         row, position = batch.states.unbind(1)  # (N,), (N,)
+        at_once = self._states_at_once()
+        in_chunks = need_logits and at_once is not None and at_once < len(row)
         seen: list[Tensor] = []
 
-        def pick_states(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            states = inputs[0][row, position]  # (N, H)
+        def pick_states(hidden: Tensor) -> Tensor:
+            states = hidden[row, position]  # (N, H)
             seen.append(states)
-            return (states[None] if need_logits else states[None, :1],)
+            return (states[:1] if in_chunks or not need_logits else states)[None]
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(pick_states)
-        try:
-            with self.active():
-                logits = self.model(**self._inputs(batch), use_cache=False).logits  # (1, N, V)
-        finally:
-            hook.remove()
-        return StateOutputs(logits[0], self.value_head(seen[0], batch.match_features[batch.state_mask]))
+        with self.active(), head_reads(self.model, pick_states):
+            logits = self.model(**self._inputs(batch), use_cache=False).logits[0]  # (N, V) or (1, V)
+        quantiles = self.value_head(seen[0], batch.match_features[batch.state_mask])  # (N, K)
+        values, quantiles = quantiles.mean(-1), quantiles if quantiles.shape[-1] > 1 else None
+        if not in_chunks:
+            return StateOutputs(logits, values, quantiles)
+        return StateOutputs(logits.detach(), values, quantiles, self._logits_later(seen[0]), at_once)
+
+    def _logits_later(self, hidden: Tensor) -> LogitsOf:
+        """Logits of some of the states, made when asked for, with gradient if there was one when it was made."""
+        with_gradient = torch.is_grad_enabled()
+        with self.active():
+            head = self._head = self._head or LMHead(self.model)
+
+        def logits_of(chunk: slice) -> Tensor:
+            with self.active(), torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+                return head(hidden[chunk])
+
+        return logits_of
+
+    def _states_at_once(self) -> int | None:
+        if self.chunk_mib is None:
+            return None
+        state_bytes = 4 * self.model.get_output_embeddings().weight.shape[0]
+        return max(1, int(self.chunk_mib * 2**20) // state_bytes)
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -103,6 +154,15 @@ class QNetwork(nn.Module):
         }
         return named | {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
 
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Take what `weights()` of an equal network gave."""
+        own = self.weights()
+        if own.keys() != weights.keys():
+            raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[:3]}")
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(weights[name])
+
     @property
     def device(self) -> torch.device:
         return self.value_head.outer.weight.device
@@ -123,45 +183,56 @@ class QNetwork(nn.Module):
 
 @dataclass
 class Networks:
-    """DQN's three networks. Only `online` is trained; `target` follows it; `reference` stays where it began."""
+    """DQN's networks. Only `online` is trained; `target` follows it; `reference` stays where it began.
+
+    Where the reference is reset to the online network now and then, `first` is what it was at the start.
+    """
 
     online: QNetwork
     target: QNetwork
     reference: QNetwork
+    first: QNetwork | None = None
 
     @classmethod
-    def build(cls, loaded: LoadedModel, beta: float, seed: int) -> "Networks":
-        """Three equal networks: copies of the whole model, or three adapters over one base model."""
+    def build(
+        cls,
+        loaded: LoadedModel,
+        beta: float,
+        seed: int,
+        chunk_mib: float | None = None,
+        quantiles: int = 1,
+        keep_first: bool = False,
+    ) -> "Networks":
+        """Equal networks: copies of the whole model, or adapters over one base model.
+
+        Logits of a batch that take more than `chunk_mib` come in chunks.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            head = ValueHead(hidden_size(loaded.model), MATCH_FEATURES, beta)
+            head = ValueHead(hidden_size(loaded.model), MATCH_FEATURES, beta, quantiles)
         model = loaded.model
         device = next(model.parameters()).device
-        heads = [copy.deepcopy(head).to(device) for _ in range(3)]
+        heads = [copy.deepcopy(head).to(device) for _ in range(4 if keep_first else 3)]
         if not hasattr(model, "peft_config"):
-            networks = cls(
-                QNetwork(model, heads[0]),
-                QNetwork(copy.deepcopy(model), heads[1]),
-                QNetwork(copy.deepcopy(model), heads[2]),
-            )
+            models = [model, *(copy.deepcopy(model) for _ in heads[1:])]
+            networks = cls(*(QNetwork(each, head, None, chunk_mib) for each, head in zip(models, heads, strict=True)))
         else:
             config = model.peft_config[TARGET_ADAPTER]
-            for name in (ONLINE_ADAPTER, REFERENCE_ADAPTER):
-                model.add_adapter(name, copy.deepcopy(config))
+            adapters = [ONLINE_ADAPTER, TARGET_ADAPTER, REFERENCE_ADAPTER, FIRST_ADAPTER][: len(heads)]
+            for name in adapters:
+                if name != TARGET_ADAPTER:
+                    model.add_adapter(name, copy.deepcopy(config))
             model.set_adapter(ONLINE_ADAPTER)
-            networks = cls(
-                QNetwork(model, heads[0], ONLINE_ADAPTER),
-                QNetwork(model, heads[1], TARGET_ADAPTER),
-                QNetwork(model, heads[2], REFERENCE_ADAPTER),
-            )
-            _copy(networks.target, networks.online)  # peft starts each adapter from other random numbers
+            named = zip(heads, adapters, strict=True)
+            networks = cls(*(QNetwork(model, head, name, chunk_mib) for head, name in named))
+            networks.online.restore(networks.target.weights())  # peft starts each adapter from other random numbers
         networks.settle()
         return networks
 
     def settle(self) -> None:
-        """Make target and reference equal to the online network, as at the start of Q-learning."""
-        for follower in (self.target, self.reference):
-            _copy(self.online, follower)
+        """Make all others equal to the online network, as at the start of Q-learning."""
+        for follower in filter(None, (self.target, self.reference, self.first)):
+            follower.restore(self.online.weights())
             follower.value_head.requires_grad_(False)
             if follower.adapter is None:
                 follower.model.requires_grad_(False)
@@ -174,12 +245,26 @@ class Networks:
                 for name, weight in self.target.weights().items():
                     weight.lerp_(online[name].to(weight.dtype), polyak)
         if copy_every is not None and update % copy_every == 0:
-            _copy(self.online, self.target)
+            self.target.restore(self.online.weights())
+
+    def reset_reference(self) -> None:
+        """Measure advantages against the online network as it is now; what was measured before is void."""
+        self.reference.restore(self.online.weights())
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The weights of all of them, for a checkpoint."""
+        networks = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: network.weights() for name, network in networks.items() if network is not None}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take what `state()` gave."""
+        for role, weights in state.items():
+            getattr(self, role).restore(weights)
 
 
 def response_log_probs(batch: Batch, outputs: StateOutputs) -> Tensor:
     """log pi(y_t | s_t) in nats, (B, T), zero on padding."""
-    return batch.at_tokens(log_prob_of(outputs.logits, batch.actions))
+    return batch.at_tokens(outputs.over_vocabulary(log_prob_of, batch.actions))
 
 
 def trained_parameters(network: QNetwork) -> list[nn.Parameter]:
@@ -187,8 +272,13 @@ def trained_parameters(network: QNetwork) -> list[nn.Parameter]:
     return [p for p in network.model.parameters() if p.requires_grad]
 
 
-def _copy(source: QNetwork, destination: QNetwork) -> None:
-    weights = source.weights()
-    with torch.no_grad():
-        for name, weight in destination.weights().items():
-            weight.copy_(weights[name])
+def load_value_head(folder: Path, hidden: int) -> ValueHead:
+    """The value head that a run saved beside its model."""
+    file = folder / "value_head.safetensors"
+    if not file.exists():
+        raise UserError(f"{file} is missing: without it there is no value")
+    with safe_open(str(file), framework="pt") as saved:
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+        head = ValueHead(hidden, MATCH_FEATURES, float(saved.metadata()["scale"]), len(tensors["outer.bias"]))
+    head.load_state_dict(tensors)
+    return head

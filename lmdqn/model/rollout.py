@@ -1,53 +1,44 @@
-"""Writing episodes: batched sampling with transformers' `generate`, and the reference's view of what was written."""
+"""Writing episodes: batched sampling, and the reference's view of what was written."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import Episode, Example, SequenceFormat, make_batch, micro_batches
+from lmdqn.errors import NotFinite
+from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import QNetwork, response_log_probs
+from lmdqn.model.reading import beam_search, decode, greedy
 
 
-@dataclass(frozen=True)
-class Exploration:
-    """How tokens are chosen in a rollout: Boltzmann at `temperature`, or epsilon-greedy when `epsilon` is given."""
+class _Sampler:
+    """Samples tokens by uniform numbers that are given, and keeps the log-probability it sampled each with.
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    epsilon: float | None = None
+    uniforms (B, T) in [0, 1), one for each token: what a row becomes does not depend on the rows beside it.
+    """
 
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """The behaviour policy. logits (B, V) -> (B, V) log-probabilities in nats."""
-        logits = logits.float() / self.temperature
-        if self.top_k is not None:
-            weakest = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < weakest, -torch.inf)
-        if self.epsilon is None:
-            return logits.log_softmax(-1)
-        allowed = logits.isfinite()
-        uniform = allowed / allowed.sum(-1, keepdim=True)
-        greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return (self.epsilon * uniform + (1 - self.epsilon) * greedy).log()
-
-
-class _Sampler(LogitsProcessor):
-    """Samples each token itself, from a generator the run owns, and keeps the log-probability it sampled it with."""
-
-    def __init__(self, exploration: Exploration, generator: torch.Generator):
+    def __init__(self, exploration: Exploration, uniforms: Tensor):
         self.exploration = exploration
-        self.generator = generator
-        self.log_probs: list[Tensor] = []  # a (B,) tensor for each token
+        self.uniforms = uniforms
+        self.log_probs: list[list[float]] = [[] for _ in uniforms]  # of each row, in nats
+        self._step = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        log_probs = self.exploration.log_probs(scores)
-        chosen = torch.multinomial(log_probs.exp(), 1, generator=self.generator)  # (B, 1)
-        self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+    def __call__(self, rows: Tensor, logits: Tensor, reference: Tensor | None = None) -> Tensor:
+        log_probs = self.exploration.log_probs(logits, reference)
+        cumulated = log_probs.double().exp().cumsum(-1)  # (b, V)
+        if not cumulated[:, -1].isfinite().all():
+            raise NotFinite("the policy's logits are not finite in a rollout")
+        points = self.uniforms[rows.cpu(), self._step, None].to(logits.device) * cumulated[:, -1:]
+        chosen = torch.searchsorted(cumulated, points, right=True)  # (b, 1), never a token of probability 0
+        self._step += 1
+        for row, log_prob in zip(rows.tolist(), log_probs.gather(1, chosen).squeeze(1).tolist(), strict=True):
+            self.log_probs[row].append(log_prob)
+        return chosen.squeeze(1)
 
 
 @dataclass
@@ -65,32 +56,56 @@ class Rollout:
         examples: Sequence[Example],
         samples: int,
         exploration: Exploration,
-        generator: torch.Generator,
-        first_group: int = 0,
+        seed: int,
+        groups: Sequence[int],
+        reference: QNetwork | None = None,
     ) -> list[Episode]:
-        """`samples` episodes of each example, those of one example sharing a group number from `first_group` on."""
-        episodes = []
-        at_once = max(1, self.batch_examples // samples)
-        for start in range(0, len(examples), at_once):
-            sampler = _Sampler(exploration, generator)
-            with network.active() as model:
-                responses = self._generate(model, examples[start : start + at_once], samples, sampler)
-            behaviour = torch.stack(sampler.log_probs, dim=1).cpu()  # (B, T)
-            for row, ids in enumerate(responses):
-                which = start + row // samples
-                truncated = ids[-1] not in self.layout.eos_ids
-                episode = Episode(examples[which], ids, truncated, first_group + which, text=self.decode(ids))
-                episode.behaviour_log_probs = behaviour[row, : len(ids)].clone()
-                episodes.append(episode)
-        return episodes
+        """`samples` episodes of each example, those of one example sharing its number in `groups`.
 
-    def greedy(self, model: Any, examples: Sequence[Example]) -> list[str]:
-        """The model's likeliest-token response to each example; prompts of similar length are decoded together."""
+        What is random in an episode depends on the seed, the group and the sample alone. `reference` reads along
+        where the exploration asks what it finds likely.
+        """
+        models = [network.active]
+        if exploration.needs_reference:
+            assert reference is not None
+            models.append(reference.active)
+        drawn: list[list[Episode]] = [[] for _ in examples]
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+        at_once = max(1, self.batch_examples // samples)
+        for start in range(0, len(order), at_once):
+            chunk = order[start : start + at_once]
+            prompts = [examples[i].prompt_ids for i in chunk]
+            sampler = _Sampler(exploration, self._uniforms(seed, [groups[i] for i in chunk], samples))
+            responses = decode(models, self.layout, prompts, samples, self.max_response_tokens, sampler)
+            for row, response in enumerate(responses):
+                which = chunk[row // samples]
+                truncated = response[-1] not in self.layout.eos_ids
+                episode = Episode(examples[which], response, truncated, groups[which], text=self.decode(response))
+                episode.behaviour_log_probs = torch.tensor(sampler.log_probs[row])
+                drawn[which].append(episode)
+        return [episode for of_example in drawn for episode in of_example]
+
+    def _uniforms(self, seed: int, groups: Sequence[int], samples: int) -> Tensor:
+        """(groups * samples, max_response_tokens) in [0, 1)."""
+        shape = samples, self.max_response_tokens
+        return torch.from_numpy(np.concatenate([np.random.default_rng([seed, g]).random(shape) for g in groups]))
+
+    def greedy(self, model: Any, examples: Sequence[Example], beams: int = 1) -> list[str]:
+        """The model's likeliest-token response to each example, or by beam search its likeliest found.
+
+        Prompts of similar length are decoded together.
+        """
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
         texts = [""] * len(examples)
         for start in range(0, len(order), self.batch_examples):
             chunk = order[start : start + self.batch_examples]
-            for i, ids in zip(chunk, self._generate(model, [examples[i] for i in chunk]), strict=True):
+            prompts = [examples[i].prompt_ids for i in chunk]
+            if beams > 1:
+                responses = beam_search(model, self.layout, prompts, beams, self.max_response_tokens)
+            else:
+                alone = [lambda: nullcontext(model)]
+                responses = decode(alone, self.layout, prompts, 1, self.max_response_tokens, greedy)
+            for i, ids in zip(chunk, responses, strict=True):
                 texts[i] = self.decode(ids)
         return texts
 
@@ -98,69 +113,18 @@ class Rollout:
         """Text of a response, special tokens and outer white space dropped."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    @torch.no_grad()
-    def _generate(
-        self, model: Any, examples: Sequence[Example], samples: int = 1, sampler: _Sampler | None = None
-    ) -> list[list[int]]:
-        """Response ids up to and including the first EOS, `samples` of them for each example in turn."""
-        device = next(model.parameters()).device
-        ids, mask = (t.to(device) for t in self._pad_prompts(examples))
-        start: dict[str, Any] = {"attention_mask": mask.repeat_interleave(samples, 0)}
-        if self.layout.decoder_prefix is not None:
-            prefix = torch.tensor([self.layout.decoder_prefix], device=device)
-            encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            start["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded.repeat_interleave(samples, 0))
-            start["decoder_input_ids"] = prefix.expand(len(examples) * samples, -1)
-            skip = prefix.shape[1]
-        else:
-            start["input_ids"] = ids.repeat_interleave(samples, 0)
-            skip = ids.shape[1]
-            if samples > 1 and skip > 1 and self.layout.shares_prompts:
-                start["past_key_values"] = _prompt_cache(model, ids, mask, samples)
-        output = model.generate(
-            **start,
-            max_new_tokens=self.max_response_tokens,
-            logits_processor=LogitsProcessorList([sampler] if sampler else []),
-        )
-        return [_until_eos(row, self.layout.eos_ids) for row in output[:, skip:].tolist()]
-
-    def _pad_prompts(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """(B, longest) ids and mask; a causal model goes on from the right end, so its padding is on the left."""
-        longest = max(len(e.prompt_ids) for e in examples)
-        ids = torch.full((len(examples), longest), self.layout.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            n = len(example.prompt_ids)
-            where = slice(0, n) if self.layout.is_seq2seq else slice(longest - n, None)
-            ids[row, where] = torch.tensor(example.prompt_ids)
-            mask[row, where] = 1
-        return ids, mask
-
-
-def _prompt_cache(model: Any, ids: Tensor, mask: Tensor, samples: int) -> Any:
-    """Keys and values of all but each prompt's last token, computed once and repeated for its samples."""
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-    cache = model(
-        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position_ids, use_cache=True
-    ).past_key_values
-    cache.batch_repeat_interleave(samples)
-    return cache
-
 
 @torch.no_grad()
-def measure_reference(
-    reference: QNetwork, episodes: Sequence[Episode], layout: SequenceFormat, micro_batch_tokens: int
+def measure_log_probs(
+    network: QNetwork,
+    episodes: Sequence[Episode],
+    layout: SequenceFormat,
+    micro_batch_tokens: int,
+    name: Literal["reference_log_probs", "first_log_probs"] = "reference_log_probs",
 ) -> None:
-    """Write the frozen reference's log-probabilities into the episodes, once: they never change."""
+    """Write a frozen network's log-probabilities into the episodes, once: they change only if it is reset."""
     for chunk in micro_batches(episodes, layout, micro_batch_tokens):
-        batch = make_batch(chunk, layout).to(reference.device)
-        log_probs = response_log_probs(batch, reference(batch)).cpu()  # (B, T)
+        batch = make_batch(chunk, layout).to(network.device)
+        log_probs = response_log_probs(batch, network(batch)).cpu()  # (B, T)
         for i, episode in enumerate(chunk):
-            episode.reference_log_probs = log_probs[i, : len(episode.response_ids)].clone()
-
-
-def _until_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
-    for n, token in enumerate(ids, start=1):
-        if token in eos_ids:
-            return ids[:n]
-    return ids
+            setattr(episode, name, log_probs[i, : len(episode.response_ids)].clone())

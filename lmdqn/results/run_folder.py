@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from lmdqn.episodes import Example
-from lmdqn.errors import UserError
+from lmdqn.episodes import Episode, Example
+from lmdqn.errors import UserError, writing
 from lmdqn.model.qnetwork import QNetwork
 from lmdqn.recipe import OutputSection, Recipe, dump_recipe
+from lmdqn.results.environment import environment
 from lmdqn.results.evaluate import Evaluation
+from lmdqn.results.significance import Significance
 
 
 class RunFolder:
@@ -27,33 +31,65 @@ class RunFolder:
         self.predictions = path / "predictions.jsonl"
         self.model = path / "model"  # the best on validation
         self.last = path / "last"  # the target network at the end
+        self.batch = path / "skipped_batch.json"  # of the step that ended the run because it was not finite
+        self.trackers = path / "trackers"  # files of experiment trackers
+        self.checkpoints = path / "checkpoints"  # what a stopped run goes on from
+        self.reference = path / "reference"  # the reference policy, where it is no pretrained model
+        self.calibration = path / "calibration.parquet"
+        self.report = path / "report.html"
 
     @classmethod
-    def check(cls, output: OutputSection) -> "RunFolder":
-        """The run's paths, nothing written yet.
+    def check(cls, output: OutputSection, resume: bool = False) -> "RunFolder":
+        """The run's paths, nothing written yet. With `resume`, a run may be there.
 
         Raises:
-            UserError: the folder holds something and `output.overwrite` is off, or is not a run that may go.
+            UserError: the folder holds something and `output.overwrite` is off, or is not a run that may go (or, with
+                `resume`, go on).
         """
         path = Path(output.dir)
         if blocking := next((p for p in (path, *path.parents) if p.is_file()), None):
             raise UserError(f"output.dir {path} cannot be made: {blocking} is a file")
-        if path.is_dir() and any(path.iterdir()):
+        run = cls(path)
+        if resume:
+            if not run.recipe.exists() and not run.is_barely_begun():
+                raise UserError(f"{path} is no run of lmdqn that could be resumed: it has no recipe.yaml")
+        elif path.is_dir() and any(path.iterdir()):
             if not output.overwrite:
                 raise UserError(f"{path} already holds a run: choose another output.dir, or set output.overwrite=true")
             if not (path / "recipe.yaml").exists():
                 raise UserError(f"{path} is not empty and no run of lmdqn: output.overwrite does not delete it")
-        return cls(path)
+        return run
+
+    def is_barely_begun(self) -> bool:
+        """Nothing is there but what a run leaves that was killed before its first checkpoint was complete."""
+        if self.recipe.exists():  # a run of ours: its model is saved after its first checkpoint
+            return not self.model.exists() and not self.results.exists()
+        return not self.path.is_dir() or all(file.name == _beside(self.recipe).name for file in self.path.iterdir())
+
+    def reference_name(self, recipe: Recipe) -> str:
+        """Where pi_0 is: in the run, or the pretrained model where Q-learning began from that itself.
+
+        Raises:
+            UserError: it is not there.
+        """
+        if self.reference.is_dir():
+            return str(self.reference)
+        if recipe.model.name is None or recipe.warm_start is not None:
+            raise UserError(f"{self.reference} is missing: the policy that Q-learning began from is not there")
+        return recipe.model.name
 
     def begin(self, recipe: Recipe) -> None:
         """Create the folder (dropping an old run that `check` allowed to go) with the resolved recipe."""
-        try:
+        with writing(self.path):
             if self.path.is_dir():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
             _write(self.recipe, dump_recipe(recipe))
-        except OSError as error:
-            raise UserError(f"cannot write to output.dir {self.path}: {error.strerror}") from error
+
+    def go_on(self, recipe: Recipe) -> None:
+        """Keep what is there, and note the recipe, whose budget may be another."""
+        with writing(self.recipe):
+            _write(self.recipe, dump_recipe(recipe))
 
     def save_model(self, network: QNetwork, tokenizer: Any, folder: Path) -> None:
         """Save what ordinary transformers or peft loads, with the value head in a file of its own beside it."""
@@ -69,53 +105,118 @@ class RunFolder:
             head = {name: p.detach().cpu().contiguous() for name, p in network.value_head.state_dict().items()}
             save_file(head, fresh / "value_head.safetensors", metadata={"scale": str(network.value_head.scale)})
 
-        _swap_in(folder, fill)
+        with writing(folder):
+            swap_in(folder, fill)
+
+    def save_batch(self, episodes: Sequence[Episode]) -> None:
+        """Write episodes as they entered a step, for inspection."""
+        kept = [
+            {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(episode).items()}
+            | {"example": vars(episode.example)}
+            for episode in episodes
+        ]
+        with writing(self.batch):
+            _write(self.batch, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
     def save_results(
         self,
         test: Mapping[str, Evaluation],
-        p_values: Mapping[str, float],
+        significance: Significance,
         seconds: Mapping[str, float],
         examples: Sequence[Example],
     ) -> None:
         """Write `results.json`, and `predictions.jsonl` with one line for each test example."""
         results = {
             "test": {name: _rounded(evaluation.metrics) for name, evaluation in test.items()},
-            "p_value": _rounded(p_values),
+            "interval": {
+                name: {metric: [round(end, 4) for end in ends] for metric, ends in sorted(intervals.items())}
+                for name, intervals in significance.interval.items()
+            },
+            "p_value": _rounded(dict(sorted(significance.p_value["dqn"].items()))),
             "seconds": _rounded(seconds),
+            "environment": environment(),
         }
-        _write(self.results, json.dumps(results, indent=2) + "\n")
+        with writing(self.results):
+            _write(self.results, json.dumps(results, indent=2) + "\n")
         lines = [
             {
                 "source": example.source,
                 "references": list(example.references),
                 **{name: evaluation.responses[i] for name, evaluation in test.items()},
+                "scores": {
+                    name: _rounded({metric: scores[i] for metric, scores in evaluation.per_response.items()})
+                    for name, evaluation in test.items()
+                },
             }
             for i, example in enumerate(examples)
         ]
-        _write(self.predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        with writing(self.predictions):
+            _write(self.predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def read_results(self) -> dict[str, Any]:
+        """`results.json`.
+
+        Raises:
+            UserError: this is no run, or one that has not ended.
+        """
+        if not self.recipe.exists():
+            raise UserError(f"{self.path} is no run of lmdqn: it has no recipe.yaml")
+        if not self.results.exists():
+            raise UserError(f"run {self.path} has no results.json: it has not ended")
+        return json.loads(self.results.read_text(encoding="utf-8"))
+
+    def read_predictions(self) -> list[dict[str, Any]]:
+        """`predictions.jsonl`, a dict a line."""
+        return [json.loads(line) for line in self.predictions.read_text(encoding="utf-8").split("\n") if line]
+
+    def read_evaluation(self, phase: str) -> Evaluation:
+        """What one phase of a run that has ended answered to the test split, and its scores."""
+        lines = self.read_predictions()
+        names = lines[0]["scores"][phase]
+        per_response = {name: [line["scores"][phase][name] for line in lines] for name in names}
+        return Evaluation([line[phase] for line in lines], self.read_results()["test"][phase], per_response)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """`metrics.jsonl`, a dict a line."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
 def _write(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.new")
+    beside = _beside(file)
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, file)
 
 
-def _swap_in(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a fresh folder and put it in place of the old one only when it is complete."""
-    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+def swap_in(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a fresh folder and put it in place of the old one only when it is complete and on the disk."""
+    fresh, old = _beside(folder), folder.with_name(f".{folder.name}.old")
     for leftover in (fresh, old):
         if leftover.exists():
             shutil.rmtree(leftover)
     fresh.mkdir()
-    fill(fresh)
+    try:
+        fill(fresh)
+        for file in fresh.iterdir():
+            _sync(file)
+    except (OSError, SafetensorError):
+        shutil.rmtree(fresh)  # a full disk is not kept full
+        raise
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _sync(file: Path) -> None:
+    """Wait until what was written has reached the disk."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

@@ -36,7 +36,7 @@ def results_table(results: Mapping[str, Evaluation], title: str) -> Table:
 
 def p_value_line(p_values: Mapping[str, float], before: str) -> str:
     """One line: how likely a difference as large is by chance."""
-    shown = ", ".join(f"{COLUMNS[name]} {_p(p_values[name])}" for name in COLUMNS if name in p_values)
+    shown = ", ".join(f"{COLUMNS[name]} {p_text(p_values[name])}" for name in COLUMNS if name in p_values)
     return f"DQN against {PHASES[before]}, paired bootstrap on the test split: p {shown}"
 
 
@@ -51,13 +51,19 @@ def samples_table(results: Mapping[str, Evaluation], examples: Sequence[Example]
     return table
 
 
-def show(console: Console, *parts: Table | str) -> None:
+def show(console: Console, *parts: Table | Text | str) -> None:
     """Print parts; text from models and data is never read as markup."""
     for part in parts:
         console.print(part, markup=False, highlight=False)
 
 
-def _p(p: float) -> str:
+def signed(gain: float) -> str:
+    """One digit and a sign, none where it rounds to nothing."""
+    return f"{gain:+.1f}" if abs(gain) >= 0.05 else "0.0"
+
+
+def p_text(p: float) -> str:
+    """As in `p = 0.012`, without the p."""
     return f"= {p:.3f}" if p >= 0.001 else "< .001"
 
 

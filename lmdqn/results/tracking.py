@@ -1,6 +1,7 @@
 """What a run logs: every key with its unit and formula, `metrics.jsonl`, and progress in the terminal."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lmdqn.errors import writing
+from lmdqn.results.trackers import Trackers
 
 LOGGED = {
     "phase": "mle or dqn",
@@ -23,13 +27,16 @@ LOGGED = {
     "response_tokens": "mean length of the step's sampled responses, EOS included",
     "truncated_share": "share of the step's sampled responses without EOS",
     "equal_groups_share": "share of prompt groups whose sampled rewards are all equal: no signal with baseline=group",
+    "repeated_4grams": "mean share of repeated 4-grams in the step's sampled responses",
     "behaviour_nats": "mean of -log mu(y_t | s_t) over sampled tokens, mu the behaviour policy: its entropy, estimated",
     "kl_nats": "mean over the step's sampled episodes of sum_t log(pi / pi_0)(y_t | s_t), pi as it was at the first "
     "update on them: KL to the reference a response, estimated",
+    "kl_first_nats": "the same against the first reference, with reference_reset_every",
     "value_explained": "1 - var(R - b - V(s_t)) / var(R - b) over the tokens of the step's updates",
     "residual_nats": "mean |residual| over the step's updates (classic: in reward)",
     "epsilon": "epsilon-greedy exploration: share of uniform choices",
-    "replay_episodes": "episodes held by the replay",
+    "replay_episodes": "episodes held by the replay, an offline log left out",
+    "skipped_updates": "steps skipped so far because a gradient, reward or logit was not finite; absent while 0",
     "episodes_per_s": "sampled episodes over the seconds of the phase",
     "validation_<metric>": "metric of greedy responses to the validation split, by the target network; reward and "
     "those of the results table",
@@ -43,14 +50,27 @@ class Tracker:
         self.console = console or Console(stderr=True)
         self.plain_every_s = plain_every_s
         self._file: Path | None = None
+        self._trackers: Trackers | None = None
         self._live: tuple[Progress, TaskID] | None = None
         self._limits: tuple[str, int, float | None] = ("", 0, None)
         self._last_plain_s = 0.0
         self._shown: dict[str, float] = {}
 
-    def write_to(self, file: Path) -> None:
-        """From now on, append records to this file."""
+    def write_to(self, file: Path, after_bytes: int = 0) -> None:
+        """From now on, append records to this file, whatever stands after its first `after_bytes` dropped."""
         self._file = file
+        if file.exists():
+            with writing(file):
+                os.truncate(file, min(after_bytes, file.stat().st_size))
+
+    @property
+    def bytes_written(self) -> int:
+        """Where the next record will stand in the file."""
+        return self._file.stat().st_size if self._file is not None and self._file.exists() else 0
+
+    def tell(self, trackers: Trackers) -> None:
+        """From now on, tell the trackers what is written to the file."""
+        self._trackers = trackers
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -75,8 +95,10 @@ class Tracker:
         """Show a step's numbers, and write them as one line when `write` is set."""
         if write and self._file is not None:
             line = {"phase": phase, **record}
-            with self._file.open("a", encoding="utf-8") as metrics:
+            with writing(self._file), self._file.open("a", encoding="utf-8") as metrics:
                 metrics.write(json.dumps({k: _rounded(v) for k, v in line.items()}) + "\n")
+        if write and self._trackers is not None:
+            self._trackers.log(phase, record)
         self._shown |= record
         self._show()
 

@@ -58,6 +58,27 @@ def load_pairs(data: DataSection, split: str, seed: int) -> list[Pair]:
     return pairs[: getattr(data.limits, split)]
 
 
+def read_sources(file: Path, data: DataSection) -> list[Pair]:
+    """Sources to respond to: the rows of a .jsonl file, as the recipe reads them, or any other file's lines.
+
+    Raises:
+        UserError: the file cannot be read, or a row has no source.
+    """
+    if file.suffix == ".jsonl":
+        alone = data.model_copy(update={"references": None, "conversation": None})
+        return [pair for where, row in _read_jsonl(file) for pair in _pairs_of(row, alone, where)]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
+    return [source_alone(line) for line in lines if line.strip()]
+
+
+def source_alone(text: str) -> Pair:
+    """A source that comes from nowhere but a person."""
+    return Pair(text, (), {"source": text})
+
+
 def _read_rows(data: DataSection, split: str) -> tuple[str, list[PlacedRow]]:
     """What the split is called in errors, and its rows."""
     if data.hub is not None:
@@ -74,12 +95,23 @@ def _read_rows(data: DataSection, split: str) -> tuple[str, list[PlacedRow]]:
     for suffix in SUFFIXES:
         file = folder / f"{split}{suffix}"
         if file.exists():
-            return str(file), _read_jsonl(file) if suffix == ".jsonl" else _placed(str(file), _read_table(file))
+            return str(file), read_file(file)
     raise UserError(f"{folder} has no {split}.jsonl, {split}.csv or {split}.parquet")
+
+
+def read_file(file: Path) -> list[PlacedRow]:
+    """The rows of a .jsonl, .csv or .parquet file.
+
+    Raises:
+        UserError: it is malformed; file and line are named.
+    """
+    return _read_jsonl(file) if file.suffix == ".jsonl" else _placed(str(file), _read_table(file))
 
 
 def _read_jsonl(file: Path) -> list[PlacedRow]:
     rows = []
+    if not file.is_file():
+        raise UserError(f"cannot read {file}: there is no such file")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -1,4 +1,4 @@
-"""Text metrics, computed by sacrebleu and rouge-score themselves; strings in, numbers out.
+"""Text metrics as sacrebleu and rouge-score give them; strings in, numbers out.
 
 Sentence functions give one number in [0, 1] for each response. BLEU and chrF of a corpus are on the usual
 0-100 scale, and so are the means that `corpus_metrics` reports.
@@ -6,11 +6,13 @@ Sentence functions give one number in [0, 1] for each response. BLEU and chrF of
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from statistics import fmean
 
 from rouge_score import rouge_scorer, tokenizers
 from sacrebleu.metrics import BLEU, CHRF
+
+from lmdqn.text import sentence_scores
 
 References = Sequence[Sequence[str]]  # for each response its references
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -20,8 +22,7 @@ def sentence_bleu(
     responses: Sequence[str], references: References, smoothing: str = "exp", lowercase: bool = False
 ) -> list[float]:
     """sacrebleu's sentence BLEU with effective order, over 100 (Papineni et al. 2002; Chen & Cherry 2014)."""
-    bleu = BLEU(smooth_method=smoothing, effective_order=True, lowercase=lowercase)
-    return [bleu.sentence_score(h, list(r)).score / 100 for h, r in zip(responses, references, strict=True)]
+    return [score / 100 for score in sentence_scores.sentence_bleu(responses, references, smoothing, lowercase)]
 
 
 def sentence_chrf(responses: Sequence[str], references: References, lowercase: bool = False) -> list[float]:
@@ -35,13 +36,13 @@ def rouge(responses: Sequence[str], references: References, kinds: Sequence[str]
 
     ROUGE-Lsum takes lines for sentences, as rouge-score does.
     """
-    scorer = rouge_scorer.RougeScorer(list(kinds), tokenizer=_CachedTokenizer())
-    scores: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for response, refs in zip(responses, references, strict=True):
-        best = scorer.score_multi(list(refs), response)
-        for kind in kinds:
-            scores[kind].append(best[kind].fmeasure)
-    return scores
+    scores = sentence_scores.rouge(responses, references)
+    if "rougeLsum" in kinds:
+        scores["rougeLsum"] = [
+            _rouge_lsum(response, refs) if any("\n" in text for text in (response, *refs)) else of_one_line
+            for response, refs, of_one_line in zip(responses, references, scores["rougeL"], strict=True)
+        ]
+    return {kind: scores[kind] for kind in kinds}
 
 
 def length_match(responses: Sequence[str], references: References) -> list[float]:
@@ -113,18 +114,18 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
+def _rouge_lsum(response: str, references: Sequence[str]) -> float:
+    """ROUGE-Lsum where there are lines to take for sentences; of one line it is ROUGE-L."""
+    return _lsum_scorer().score_multi(list(references), response)["rougeLsum"].fmeasure
+
+
 @cache
-def _rouge_tokenizer() -> tokenizers.DefaultTokenizer:
-    return tokenizers.DefaultTokenizer(use_stemmer=False)
+def _lsum_scorer() -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(["rougeLsum"], tokenizer=_Tokenizer())
 
 
-@lru_cache(maxsize=65536)
-def _rouge_tokens(text: str) -> list[str]:
-    return _rouge_tokenizer().tokenize(text)
-
-
-class _CachedTokenizer(tokenizers.Tokenizer):
-    """rouge-score's own tokens; a reference is met many times in a run and split once."""
+class _Tokenizer(tokenizers.Tokenizer):
+    """rouge-score's own tokens."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _rouge_tokens(text)
+        return sentence_scores.rouge_tokens(text)

@@ -3,16 +3,41 @@
 import importlib
 import importlib.util
 import math
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
-from lmdqn.errors import UserError
+from lmdqn.errors import NotFinite, UserError
 from lmdqn.recipe import RewardSection
 from lmdqn.text import metrics
 
 RewardFunction = Callable[..., Sequence[float]]
+
+
+class _Texts(NamedTuple):
+    """What is scored, one entry for each response."""
+
+    responses: Sequence[str]
+    references: metrics.References
+    sources: Sequence[str]
+
+    def arguments(self) -> dict[str, list[Any]]:
+        """As a user's function gets them: copies, which it may change."""
+        references = [list(texts) for texts in self.references]
+        return {"responses": list(self.responses), "references": references, "sources": list(self.sources)}
+
+    def one(self, i: int) -> "_Texts":
+        return _Texts(self.responses[i : i + 1], self.references[i : i + 1], self.sources[i : i + 1])
+
+    def describe(self, i: int) -> str:
+        """Which one it is, for a person."""
+        return f"response {i} of {len(self.responses)}, {self.responses[i][:80]!r} to {self.sources[i][:80]!r}"
 
 
 class Reward:
@@ -32,7 +57,8 @@ class Reward:
         """Each term of the mix, unweighted, for each response.
 
         Raises:
-            UserError: a user's function gave another number of scores, or one that is not finite.
+            UserError: a user's function failed, took too long, or gave another number of scores.
+            NotFinite: it gave one that is not finite.
         """
         recipe = self.recipe
         rouges = [name for name in recipe.mix if name in metrics.ROUGE_TYPES]
@@ -47,7 +73,8 @@ class Reward:
             elif name == "repetition":
                 found[name] = metrics.repeated_4grams(responses)
             elif name in self._own:
-                found[name] = _call_own(name, self._own[name], responses, references, sources)
+                texts = _Texts(responses, references, sources)
+                found[name] = _call_own(name, self._own[name], texts, recipe.max_seconds)
         return found
 
     def mix(self, terms: dict[str, list[float]]) -> list[float]:
@@ -89,18 +116,65 @@ def _load_file(file: Path) -> Any:
 def _call_own(
     name: str,
     function: RewardFunction,
-    responses: Sequence[str],
-    references: metrics.References,
-    sources: Sequence[str],
+    texts: _Texts,
+    max_seconds: float | None,
 ) -> list[float]:
-    scores = function(responses=list(responses), references=[list(refs) for refs in references], sources=list(sources))
+    """The scores of a function that a user wrote, of which anything must be expected."""
+    scores = _guarded(name, function, texts, max_seconds)
     try:
         scores = [float(score) for score in scores]
     except (TypeError, ValueError) as error:
         raise UserError(f"reward {name!r} must give a list of numbers, one for each response ({error})") from error
-    if len(scores) != len(responses):
-        raise UserError(f"reward {name!r} gave {len(scores)} scores for {len(responses)} responses")
-    for response, score in zip(responses, scores, strict=True):
+    if len(scores) != len(texts.responses):
+        raise UserError(f"reward {name!r} gave {len(scores)} scores for {len(texts.responses)} responses")
+    for i, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(f"reward {name!r} gave {score} for the response {response[:80]!r}")
+            raise NotFinite(f"reward {name!r} gave {score} for {texts.describe(i)}")
     return scores
+
+
+def _guarded(name: str, function: RewardFunction, texts: _Texts, max_seconds: float | None) -> Sequence[float]:
+    try:
+        with _time_limit(max_seconds):
+            return function(**texts.arguments())
+    except TimeoutError as error:
+        raise UserError(
+            f"reward {name!r} took longer than reward.max_seconds={max_seconds:g} for {len(texts.responses)} "
+            f"responses, the first {texts.describe(0)}"
+        ) from error
+    except Exception as error:  # a function that is not ours may raise anything
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"reward {name!r} failed with {type(error).__name__}: {error} (line {line.lineno} of {line.filename}), "
+            f"for {_culprit(function, texts, max_seconds)}"
+        ) from error
+
+
+def _culprit(function: RewardFunction, texts: _Texts, max_seconds: float | None) -> str:
+    """The first response for which the function fails when it is called for that one alone."""
+    for i in range(len(texts.responses)):
+        try:
+            with _time_limit(max_seconds):
+                function(**texts.one(i).arguments())
+        except Exception:
+            return texts.describe(i)
+    return f"{len(texts.responses)} responses together, and for none of them alone"
+
+
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
+    """TimeoutError after so many seconds, where signals can be had: in the main thread, outside compiled code."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,159 @@
+"""A trained model at work: its evaluation, and its responses to sources, in batches. Part of the Python interface."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from lmdqn.episodes import MATCH_FEATURES, Episode, Example
+from lmdqn.errors import UserError, writing
+from lmdqn.model.decoding import respond
+from lmdqn.model.exploration import exploration_at
+from lmdqn.model.loading import LoadedModel, hidden_size, load_trained
+from lmdqn.model.qnetwork import QNetwork, ValueHead, load_value_head
+from lmdqn.model.rollout import Rollout
+from lmdqn.recipe import Recipe, load_recipe
+from lmdqn.results.evaluate import Evaluation, score_responses
+from lmdqn.results.run_folder import RunFolder
+from lmdqn.results.trackers import accelerator_for
+from lmdqn.text.data import Pair, load_pairs, source_alone
+from lmdqn.text.prompts import encode_examples
+from lmdqn.text.rewards import Reward
+
+
+def evaluate(
+    run_or_model: str | Path, recipe: Recipe | None = None, split: str = "test"
+) -> tuple[Evaluation, list[Example]]:
+    """Score a run's model, or any model by name or folder, on a split of the recipe's data (a run brings its own).
+
+    Raises:
+        UserError: no such run or model, or a bare model without a recipe that says on what to evaluate it.
+    """
+    loaded, recipe = load_for_use(run_or_model, recipe)
+    pairs = load_pairs(recipe.data, split, recipe.seed)
+    examples, _ = encode_examples(pairs, recipe.data, loaded.tokenizer, loaded.layout)
+    texts = decoded(run_or_model, loaded, recipe, examples)
+    return score_responses(texts, examples, Reward(recipe.reward)), examples
+
+
+def generate(run_or_model: str | Path, sources: Sequence[str], recipe: Recipe | None = None) -> list[str]:
+    """Responses to sources, prompted as the run's recipe (or the given one) prompts."""
+    loaded, recipe = load_for_use(run_or_model, recipe)
+    return list(responses(run_or_model, loaded, recipe, [source_alone(source) for source in sources]))
+
+
+def responses(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, pairs: Sequence[Pair]) -> Iterator[str]:
+    """The response to each pair's source in turn, decoded as the recipe says, a batch at a time when asked for."""
+    at_once = recipe.evaluation.batch_examples
+    for start in range(0, len(pairs), at_once):
+        batch = pairs[start : start + at_once]
+        examples, _ = encode_examples(batch, recipe.data, loaded.tokenizer, loaded.layout)
+        yield from decoded(run_or_model, loaded, recipe, examples)
+
+
+def decoded(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, examples: Sequence[Example]) -> list[str]:
+    """Decode as the recipe says; what a method needs beside the model comes from the run's folder."""
+    decoding, qlearning = recipe.decoding, recipe.qlearning
+    folder, hidden = RunFolder(Path(run_or_model)), hidden_size(loaded.model)
+    if decoding.method == "best_of_n":
+        if qlearning.form != "dueling" or qlearning.loss == "path" or qlearning.value_sees_references:
+            raise UserError(
+                "decoding.method=best_of_n ranks by a value head that needs no references: train with "
+                "qlearning.form=dueling, loss=td and value_sees_references=false"
+            )
+        head = load_value_head(folder.model, hidden)
+    else:
+        head = ValueHead(hidden, MATCH_FEATURES, qlearning.beta)
+    device = accelerator_for(recipe).device
+
+    def reference() -> QNetwork:
+        name = folder.reference_name(recipe)
+        model = load_trained(name, recipe.model, recipe.data.max_response_tokens).model.to(device)
+        return QNetwork(model, ValueHead(hidden, MATCH_FEATURES, qlearning.beta).to(device))
+
+    network = QNetwork(loaded.model, head.to(device))
+    return respond(network, rollout_of(loaded, recipe), examples, decoding, recipe.seed, reference)
+
+
+def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: str = "train") -> list[Episode]:
+    """Sample and score responses as the recipe's rollouts would: a log for offline learning.
+
+    Raises:
+        UserError: no such run or model, or exploration that is bounded by a reference network.
+    """
+    loaded, recipe = load_for_use(run_or_model, recipe)
+    exploration = exploration_at(recipe.rollout, 0)
+    if exploration.needs_reference:
+        raise UserError("rollout.reference_top_k and reference_top_p need a reference beside the model: drop them")
+    examples, _ = encode_examples(
+        load_pairs(recipe.data, split, recipe.seed), recipe.data, loaded.tokenizer, loaded.layout
+    )
+    network = QNetwork(loaded.model, ValueHead(hidden_size(loaded.model), MATCH_FEATURES, recipe.qlearning.beta))
+    network.to(accelerator_for(recipe).device)
+    samples, groups = recipe.rollout.samples, range(len(examples))
+    episodes = rollout_of(loaded, recipe).sample(network, examples, samples, exploration, recipe.seed, groups)
+    rewards = Reward(recipe.reward)(
+        [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
+    )
+    for episode, reward in zip(episodes, rewards, strict=True):
+        episode.reward = reward
+    return episodes
+
+
+def load_for_use(run_or_model: str | Path, recipe: Recipe | None) -> tuple[LoadedModel, Recipe]:
+    """The model on its device, and the recipe that says how it is prompted: the given one, else the run's own.
+
+    Raises:
+        UserError: no such run or model, or a bare model without a recipe.
+    """
+    run = RunFolder(Path(run_or_model))
+    name = str(run_or_model)
+    if run.recipe.exists():
+        if not run.model.is_dir():
+            raise UserError(f"run {run.path} has no model/ folder: it ended before its first validation")
+        name, recipe = str(run.model), recipe or load_recipe(run.recipe)
+    if recipe is None:
+        raise UserError(f"{run_or_model} is no run of lmdqn: give a recipe that names the data for it")
+    loaded = load_trained(name, recipe.model, recipe.data.max_response_tokens)
+    loaded.model.to(accelerator_for(recipe).device)
+    return loaded, recipe
+
+
+def rollout_of(loaded: LoadedModel, recipe: Recipe) -> Rollout:
+    """What decodes responses with a recipe's model."""
+    return Rollout(loaded.layout, loaded.tokenizer, recipe.data.max_response_tokens, recipe.evaluation.batch_examples)
+
+
+def answer_line(pair: Pair, response: str, file: Path) -> str:
+    """A response as a line of the output file: an object with its source in .jsonl, else the text alone."""
+    if file.suffix == ".jsonl":
+        return json.dumps({"source": pair.source, "response": response}, ensure_ascii=False)
+    return one_line(response)
+
+
+def one_line(text: str) -> str:
+    """A response on one line, whatever breaks it has."""
+    return " ".join(text.splitlines())
+
+
+@contextmanager
+def written_beside(file: Path, overwrite: bool) -> Iterator[TextIO]:
+    """A text file filled beside `file` and put in its place only when it is complete.
+
+    Raises:
+        UserError: the file is there and `overwrite` is off, or it cannot be written.
+    """
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} is already there: --overwrite replaces it")
+    beside = file.with_name(f".{file.name}.new")
+    with writing(file):
+        text = beside.open("w", encoding="utf-8")
+    try:
+        with text:
+            yield text
+        with writing(file):
+            os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)

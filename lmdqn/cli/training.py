@@ -1,0 +1,113 @@
+"""Commands that run a recipe: train, quickstart, check."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmdqn.cli.common import Overrides, RecipeName, console, load, quiet_transformers
+from lmdqn.errors import UserError
+
+if TYPE_CHECKING:
+    from lmdqn.pipeline import RunResult
+
+commands = typer.Typer()
+PHASE_WORDS = {"mle": "MLE", "dqn": "DQN", "total": "in all"}
+
+
+@commands.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.dir, as if never stopped.")
+    ] = False,
+) -> None:
+    """Run a recipe: evaluate the start, warm-start if asked, learn by DQN, evaluate, save."""
+    resolved = load(recipe, overrides)
+    quiet_transformers()
+    from lmdqn import pipeline
+
+    _show_run(pipeline.train(resolved, resume=resume), samples=0)
+
+
+@commands.command()
+def quickstart(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[summarisation|dialogue] [KEY=VALUE]...",
+            help="Which shipped data set (summarisation unless said), and dotted overrides.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/quickstart_TASK].")] = None,
+) -> None:
+    """Build a small model, warm-start it by MLE, fine-tune it by DQN, compare. Minutes on a CPU, no network."""
+    from lmdqn.quickstart import quickstart_recipe
+
+    words = words or []
+    task = words.pop(0) if words and "=" not in words[0] else "summarisation"
+    recipe = quickstart_recipe(task, output or Path("runs") / f"quickstart_{task}", words)
+    quiet_transformers()
+    from lmdqn import pipeline
+
+    _show_run(pipeline.train(recipe), samples=3)
+
+
+@commands.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Validate a recipe and print it resolved, with a memory estimate. Downloads and writes nothing."""
+    resolved = load(recipe, overrides)
+    from lmdqn.model.memory import estimate_memory
+    from lmdqn.recipe import dump_recipe
+    from lmdqn.results.run_folder import RunFolder
+    from lmdqn.results.trackers import check_installed
+    from lmdqn.text.data import SPLITS, load_pairs
+    from lmdqn.text.episode_log import read_log_rows
+    from lmdqn.text.rewards import Reward
+
+    typer.echo(dump_recipe(resolved))
+    RunFolder.check(resolved.output)
+    check_installed(resolved.output.trackers)
+    Reward(resolved.reward)
+    if resolved.data.hub is not None:
+        typer.echo(f"data: {resolved.data.hub} is on the hub and was not looked at")
+    else:
+        sizes = [f"{len(load_pairs(resolved.data, split, resolved.seed))} {split}" for split in SPLITS]
+        typer.echo(f"data: {', '.join(sizes)}")
+    if resolved.offline is not None:
+        rows = read_log_rows(Path(resolved.offline.path), resolved.offline.in_memory)
+        typer.echo(f"log: {len(rows)} episodes")
+    try:
+        typer.echo(f"memory: {estimate_memory(resolved)}")
+    except UserError as error:
+        if resolved.model.name is None or Path(resolved.model.name).exists():
+            raise
+        typer.echo(f"memory: not estimated, as the model's config is not here ({error})")
+
+
+def _show_run(result: "RunResult", samples: int) -> None:
+    if not result.is_main:
+        return
+    from lmdqn.results.tables import p_value_line, results_table, samples_table, show
+
+    before = "mle" if "mle" in result.test else "start"
+    examples = result.examples
+    title = f"{len(examples)} test examples, greedy decoding"
+    terminal = console()
+    show(terminal, results_table(result.test, title), p_value_line(result.p_value, before))
+    if samples:
+        rows = [i * len(examples) // samples for i in range(samples)]
+        show(terminal, samples_table(result.test, examples, rows))
+    folder = result.folder
+    took = ", ".join(f"{PHASE_WORDS[phase]} {seconds:.0f} s" for phase, seconds in result.seconds.items())
+    show(
+        terminal,
+        f"{took}",
+        f"model:       {folder.model}  (load it with transformers or peft)",
+        f"report:      {folder.report}",
+        f"results:     {folder.results}",
+        f"predictions: {folder.predictions}",
+        f"metrics:     {folder.metrics}",
+        f"recipe:      {folder.recipe}",
+    )

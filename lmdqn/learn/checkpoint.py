@@ -1,0 +1,215 @@
+"""Checkpoints: everything a stopped run needs to go on bit for bit, checksummed, in files that hold no code.
+
+What is saved is a *state*: a tree of dicts with text keys, lists, text, numbers, booleans, None, tensors and lists of
+episodes. Whatever moves while a run learns gives its own by `state()` and takes it back by `restore(state)`, which
+gets the same tree with tensors on the CPU. Tensors go to `tensors.safetensors`, the rest to `state.json`, and
+`manifest.json` holds the SHA-256 of both.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lmdqn.episodes import Episode, Example
+from lmdqn.errors import UserError, writing
+from lmdqn.results.run_folder import swap_in
+
+State = dict[str, Any]
+AfterStep = Callable[[int, bool, bool], None]  # (step, last of its phase, best so far on validation)
+TENSORS, REST, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+FORMAT = 1
+
+
+class BrokenCheckpointError(Exception):
+    """A checkpoint that is not what was written: a file is missing, cut short or changed."""
+
+
+@dataclass
+class Checkpoints:
+    """A run's checkpoints: a folder each, named by phase and step, such as `dqn-000123`; links `last` and `best`."""
+
+    folder: Path
+    keep: int  # the newest so many stay, and the best
+    examples: Sequence[Example]  # what is learnt from; episodes in a state name them by number
+
+    def names(self) -> list[str]:
+        """Every checkpoint, oldest first: all of the MLE phase stand before those of the DQN phase."""
+        found = [path.name for path in self.folder.glob("*-*") if (path / MANIFEST).exists() and not path.suffix]
+        return sorted(found, key=lambda name: (name.startswith("dqn"), int(name.rpartition("-")[2])))
+
+    def write(self, name: str, state: State, best: str | None) -> None:
+        """Write a checkpoint beside and swap it in; drop those too old to be kept, but never `best`.
+
+        Raises:
+            UserError: it cannot be written. Those that are there stay as they are.
+        """
+        tensors: dict[str, Tensor] = {}
+        number_of = {id(example): i for i, example in enumerate(self.examples)}
+        rest = _take_tensors(state, "", tensors, number_of)
+
+        def fill(fresh: Path) -> None:
+            save_file(tensors, fresh / TENSORS)
+            (fresh / REST).write_text(json.dumps(rest), encoding="utf-8")
+            sums = {file: _sha256(fresh / file) for file in (TENSORS, REST)}
+            manifest = {"format": FORMAT, "data": self._data, "sha256": sums}
+            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+        with writing(self.folder / name):
+            self.folder.mkdir(exist_ok=True)
+            swap_in(self.folder / name, fill)
+            self._link("last", name)
+            if best is not None:
+                self._link("best", best)
+            for old in self.names()[: -self.keep]:
+                if old not in (best, name):
+                    shutil.rmtree(self.folder / old)
+
+    def read(self, name: str) -> State:
+        """The state as it was written.
+
+        Raises:
+            BrokenCheckpointError: a file is not what the manifest says.
+            UserError: it was written for other examples.
+        """
+        folder = self.folder / name
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise BrokenCheckpointError(f"{folder} is of format {manifest['format']}, not {FORMAT}")
+            for file, expected in manifest["sha256"].items():
+                if _sha256(folder / file) != expected:
+                    raise BrokenCheckpointError(f"{folder / file} is not what was written (its SHA-256 differs)")
+            rest = json.loads((folder / REST).read_text(encoding="utf-8"))
+            written_for = manifest["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenCheckpointError(f"{folder} cannot be read ({error})") from error
+        if written_for != self._data:
+            raise UserError(f"the training data are not those of {folder}: the run cannot be resumed")
+        return _put_tensors(rest, load_file(folder / TENSORS), self.examples)
+
+    def newest(self, say: Callable[[str], None]) -> str | None:
+        """The name of the newest sound checkpoint, None where none was ever written.
+
+        Broken ones that are newer are said and set aside as NAME.broken.
+
+        Raises:
+            UserError: there are checkpoints, and all of them are broken or for other examples.
+        """
+        names = self.names()
+        problems = {}
+        for name in reversed(names):
+            try:
+                self.read(name)
+            except BrokenCheckpointError as error:
+                problems[name] = str(error)
+                continue
+            for broken, problem in problems.items():
+                say(f"{problem}: going back to {name}")
+                with writing(self.folder):
+                    os.replace(self.folder / broken, _unused(self.folder / f"{broken}.broken"))
+            return name
+        if problems:
+            raise UserError(f"no checkpoint in {self.folder} is sound: {'; '.join(problems.values())}")
+        return None
+
+    @cached_property
+    def _data(self) -> str:
+        """SHA-256 of the examples as the model reads them."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.prompt_ids, example.references)).encode())
+        return digest.hexdigest()
+
+    def _link(self, link: str, name: str) -> None:
+        beside = self.folder / f".{link}.new"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(name)
+        os.replace(beside, self.folder / link)
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    wanted = path
+    while path.exists():
+        number += 1
+        path = wanted.with_name(f"{wanted.name}{number}")
+    return path
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor], number_of: dict[int, int]) -> Any:
+    """The tree with a mark for each tensor and each list of episodes; the tensors go into `tensors` by path."""
+    if isinstance(node, Tensor):
+        tensors[path] = node.detach().cpu().contiguous()
+        return {"$tensor": path}
+    if isinstance(node, dict):
+        return {key: _take_tensors(part, f"{path}/{key}", tensors, number_of) for key, part in node.items()}
+    if isinstance(node, (list, tuple)):
+        if node and isinstance(node[0], Episode):
+            return {"$episodes": _take_tensors(pack_episodes(node, number_of), path, tensors, number_of)}
+        if node and isinstance(node[0], (Tensor, dict, list, tuple)):
+            return [_take_tensors(part, f"{path}/{i}", tensors, number_of) for i, part in enumerate(node)]
+    return node
+
+
+def _put_tensors(node: Any, tensors: dict[str, Tensor], examples: Sequence[Example]) -> Any:
+    if isinstance(node, list):
+        return [_put_tensors(part, tensors, examples) for part in node]
+    if not isinstance(node, dict):
+        return node
+    if "$tensor" in node:
+        return tensors[node["$tensor"]]
+    if "$episodes" in node:
+        return unpack_episodes(_put_tensors(node["$episodes"], tensors, examples), examples)
+    return {key: _put_tensors(part, tensors, examples) for key, part in node.items()}
+
+
+def pack_episodes(episodes: Sequence[Episode], number_of: dict[int, int]) -> State:
+    """Episodes by column; each example as its number, which `number_of` has by identity.
+
+    Values of differing length are one tensor end to end with the lengths beside, -1 for None.
+    """
+    columns: State = {"example": torch.tensor([number_of[id(e.example)] for e in episodes])}
+    for name in (field.name for field in fields(Episode) if field.name != "example"):
+        column = [getattr(episode, name) for episode in episodes]
+        if name == "response_ids":
+            column = [torch.tensor(ids) for ids in column]
+        if any(isinstance(value, Tensor) for value in column):
+            lengths = torch.tensor([-1 if value is None else len(value) for value in column])
+            columns[name] = {"values": torch.cat([v for v in column if v is not None]), "lengths": lengths}
+        else:
+            columns[name] = column
+    return columns
+
+
+def unpack_episodes(columns: State, examples: Sequence[Example]) -> list[Episode]:
+    """What `pack_episodes` packed."""
+    numbers = columns["example"].tolist()
+    values = {name: _unpacked(column) for name, column in columns.items() if name != "example"}
+    values["response_ids"] = [ids.tolist() for ids in values["response_ids"]]
+    return [
+        Episode(examples[number], **{name: column[i] for name, column in values.items()})
+        for i, number in enumerate(numbers)
+    ]
+
+
+def _unpacked(column: Any) -> list[Any]:
+    if not isinstance(column, dict):
+        return column
+    lengths = column["lengths"]
+    parts = iter(column["values"].split(lengths[lengths >= 0].tolist()))
+    return [None if length < 0 else next(parts).clone() for length in lengths.tolist()]

@@ -1,0 +1,162 @@
+"""New experience: draw prompts, roll out, add demonstrations, score and centre. What comes out goes into the replay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from lmdqn.episodes import Episode, Example, demonstration
+from lmdqn.errors import NotFinite
+from lmdqn.learn.checkpoint import pack_episodes, unpack_episodes
+from lmdqn.learn.match_features import measure_matches
+from lmdqn.learn.processes import Processes
+from lmdqn.learn.prompt_draw import walk
+from lmdqn.learn.replay import Group
+from lmdqn.model.exploration import Exploration
+from lmdqn.model.qnetwork import Networks
+from lmdqn.model.rollout import Rollout, measure_log_probs
+from lmdqn.recipe import Recipe
+from lmdqn.text.rewards import Reward
+
+
+class Prompt(NamedTuple):
+    """A prompt of a rollout."""
+
+    example: Example
+    group: int
+    references: list[int]  # the numbers of those that join its group as demonstrations
+
+
+@dataclass
+class Collector:
+    """Gives groups of scored episodes, each group one prompt's samples and demonstrations."""
+
+    recipe: Recipe
+    networks: Networks
+    rollout: Rollout
+    examples: Sequence[Example]
+    reward: Reward
+    accelerator: Accelerator
+    processes: Processes
+    prompt_generator: torch.Generator
+    groups_made: int = field(init=False, default=0)
+    _prompt_order: list[int] = field(init=False, default_factory=list)
+    _running_reward: float | None = field(init=False, default=None)
+
+    def new_groups(self, exploration: Exploration) -> list[Group]:
+        """Roll out the next prompts, add demonstrations, score and centre: whole groups, ready for the replay.
+
+        Each process does so for its share of the prompts, and all of them get all groups.
+
+        Raises:
+            NotFinite: logits or rewards are not finite.
+        """
+        prompts = [
+            Prompt(example, group, self._reference_numbers(example))
+            for group, example in enumerate(self._next_examples(self.recipe.rollout.prompts), start=self.groups_made)
+        ]
+        self.groups_made += len(prompts)
+        mine = self.processes.share(prompts)
+        shares = self.processes.together(lambda: pack_episodes(self._episodes(mine, exploration), self._number_of))
+        groups: dict[int, Group] = {prompt.group: [] for prompt in prompts}
+        for columns in shares:
+            for episode in unpack_episodes(columns, self.examples):
+                groups[episode.group].append(episode)
+        self._centre(list(groups.values()))
+        return list(groups.values())
+
+    def _episodes(self, prompts: Sequence["Prompt"], exploration: Exploration) -> list[Episode]:
+        """Samples and demonstrations of some prompts, scored and measured."""
+        recipe = self.recipe
+        with self.accelerator.autocast():
+            episodes = self.rollout.sample(
+                self.networks.online,
+                [prompt.example for prompt in prompts],
+                recipe.rollout.samples,
+                exploration,
+                recipe.seed,
+                [prompt.group for prompt in prompts],
+                self.networks.reference,
+            )
+        for prompt in prompts:
+            for k in prompt.references:
+                episodes.append(demonstration(prompt.example, k, prompt.group, self.rollout.layout.eos_ids))
+        self.measure(episodes)
+        try:
+            self._score(episodes)
+        except NotFinite as problem:
+            problem.episodes = episodes
+            raise
+        return episodes
+
+    @cached_property
+    def _number_of(self) -> dict[int, int]:
+        return {id(example): number for number, example in enumerate(self.examples)}
+
+    def measure(self, episodes: Sequence[Episode]) -> None:
+        """Write what the frozen networks and the references say of episodes, where that is not known yet."""
+        budget = self.recipe.optimisation.micro_batch_tokens
+        with self.accelerator.autocast():
+            unread = [e for e in episodes if e.reference_log_probs is None]
+            measure_log_probs(self.networks.reference, unread, self.rollout.layout, budget)
+            if self.networks.first is not None:
+                unread = [e for e in episodes if e.first_log_probs is None]
+                measure_log_probs(self.networks.first, unread, self.rollout.layout, budget, "first_log_probs")
+        if self.recipe.offline is not None and self.recipe.offline.behaviour == "reference":
+            for episode in episodes:
+                if episode.behaviour_log_probs is None:
+                    episode.behaviour_log_probs = episode.reference_log_probs
+        if self.recipe.qlearning.value_sees_references:
+            measure_matches([e for e in episodes if e.match_features is None])
+
+    def state(self) -> dict[str, Any]:
+        """Where in the walk over the prompts it stands, for a checkpoint."""
+        return {
+            "groups_made": self.groups_made,
+            "prompt_order": torch.tensor(self._prompt_order, dtype=torch.int64),
+            "running_reward": self._running_reward,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` gave."""
+        self.groups_made = state["groups_made"]
+        self._prompt_order = state["prompt_order"].tolist()
+        self._running_reward = state["running_reward"]
+
+    def _next_examples(self, count: int) -> list[Example]:
+        """The next prompts: of an endless walk over shuffled training examples, or drawn by their lengths."""
+        while len(self._prompt_order) < count:
+            lengths = torch.tensor([len(e.prompt_ids) for e in self.examples])
+            self._prompt_order += walk(lengths, self.recipe.rollout.prompt_draw, self.prompt_generator).tolist()
+        chosen, self._prompt_order = self._prompt_order[:count], self._prompt_order[count:]
+        return [self.examples[i] for i in chosen]
+
+    def _reference_numbers(self, example: Example) -> list[int]:
+        wanted = self.recipe.replay.demonstrations
+        order = torch.randperm(len(example.references), generator=self.prompt_generator)
+        return order[:wanted].tolist() if wanted else []
+
+    def _score(self, episodes: Sequence[Episode]) -> None:
+        terms = self.reward.terms(
+            [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
+        )
+        for i, (episode, total) in enumerate(zip(episodes, self.reward.mix(terms), strict=True)):
+            episode.reward = total
+            episode.terms = {name: scores[i] for name, scores in terms.items()}
+
+    def _centre(self, groups: Sequence[Group]) -> None:
+        """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone.
+
+        Only sampled rewards count, so that demonstrations, which are better, push no sample down.
+        """
+        kind = self.recipe.qlearning.baseline
+        mean = fmean(e.reward for group in groups for e in group if not e.demonstration)
+        self._running_reward = mean if self._running_reward is None else 0.9 * self._running_reward + 0.1 * mean
+        for group in groups:
+            of_group = fmean(e.reward for e in group if not e.demonstration)
+            for episode in group:
+                episode.baseline = {"group": of_group, "running": self._running_reward, "none": 0.0}[kind]

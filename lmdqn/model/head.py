@@ -1,0 +1,91 @@
+"""A family's own LM head apart from its trunk, so that logits can be made for some states at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from lmdqn.errors import UserError
+from lmdqn.model.loading import hidden_size
+
+TRIAL_TOKENS = 3
+
+
+@contextmanager
+def head_reads(model: Any, swap: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While inside, the LM head reads `swap(hidden)` in place of the (B, L, H) hidden states it is given."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (swap(inputs[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class LMHead:
+    """From what the LM head reads to logits, (n, H) -> (n, V).
+
+    The model's own `forward` runs with a stub in its decoder's place and the wanted states given to the head, so
+    what a family does after its head (soft-cap, scale, bias, an adapter) is done by the family's own code.
+    """
+
+    def __init__(self, model: Any):
+        """Try it on a few tokens.
+
+        Raises:
+            UserError: the logits are not those of the whole model.
+        """
+        self.model = model
+        seen: list[Any] = []  # what the decoder gives, then what the head reads
+
+        def keep(_: nn.Module, inputs: Any, output: Any = None) -> None:
+            seen.append(inputs[0] if output is None else output)
+
+        hooks = (
+            model.get_decoder().register_forward_hook(keep),
+            model.get_output_embeddings().register_forward_pre_hook(keep),
+        )
+        with torch.no_grad():
+            logits = model(**self._any_inputs(TRIAL_TOKENS), use_cache=False).logits[0]
+        for hook in hooks:
+            hook.remove()
+        decoder_output, hidden = seen
+        self._output_kind = type(decoder_output)
+        with torch.no_grad():
+            apart = self(hidden[0])
+        tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
+        if not torch.allclose(apart, logits, rtol=tolerance, atol=tolerance * float(logits.float().std())):
+            raise UserError(
+                f"the LM head of this {model.config.model_type} model cannot be applied apart from it: "
+                "set optimisation.vocabulary_chunk_mib=null"
+            )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        stub = self._output_kind(last_hidden_state=hidden[None, :1])
+        decoder = self.model.get_decoder()
+        with _forward_replaced(decoder, lambda *_, **__: stub), head_reads(self.model, lambda _: hidden[None]):
+            return self.model(**self._any_inputs(1), use_cache=False).logits[0]
+
+    def _any_inputs(self, tokens: int) -> dict[str, Any]:
+        weight = self.model.get_output_embeddings().weight
+        ids = torch.arange(tokens, device=weight.device)[None]
+        if not self.model.config.is_encoder_decoder:
+            return {"input_ids": ids}
+        encoded = torch.zeros(1, 1, hidden_size(self.model), device=weight.device, dtype=self.model.dtype)
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "decoder_input_ids": ids}
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """An instance's own `forward` hides its class's; what had been put there before comes back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

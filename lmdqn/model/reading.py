@@ -1,0 +1,159 @@
+"""Models reading token by token, and the one loop that decodes by what they say: causal and seq2seq."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from lmdqn.episodes import SequenceFormat
+
+Choose = Callable[..., Tensor]  # which rows (b,), logits (b, V) of each reader -> a token a row, (b,)
+Active = Callable[[], AbstractContextManager[Any]]  # the model, with the adapter that is meant
+
+
+def greedy(rows: Tensor, logits: Tensor) -> Tensor:
+    """The likeliest token of each row."""
+    return logits.float().argmax(-1)
+
+
+@torch.no_grad()
+def decode(
+    models: Sequence[Active],
+    layout: SequenceFormat,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    max_tokens: int,
+    choose: Choose,
+) -> list[list[int]]:
+    """Response ids up to and including the first EOS, `samples` of them for each prompt in turn.
+
+    All models read what is written, and `choose` is given what each says of the next token. A prompt is read once
+    for all its samples, and a row that has ended leaves the batch and the cache. What transformers' `generate` does
+    besides costs more than a small model's own work on a CPU.
+    """
+    readers = [Reader.of(model, layout, prompts) for model in models]
+    logits = [reader.start(samples) for reader in readers]
+    device = logits[0].device
+    rows = torch.arange(len(logits[0]), device=device)  # those not at their end
+    eos_ids = torch.tensor(layout.eos_ids, device=device)
+    responses: list[list[int]] = [[] for _ in range(len(rows))]
+    for step in range(max_tokens):
+        tokens = choose(rows, *logits)
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            responses[row].append(token)
+        going_on = (~torch.isin(tokens, eos_ids)).nonzero().squeeze(1)
+        if len(going_on) == 0 or step + 1 == max_tokens:
+            break
+        if len(going_on) < len(rows):
+            rows, tokens = rows[going_on], tokens[going_on]
+            for reader in readers:
+                reader.keep(going_on)
+        logits = [reader.read(tokens) for reader in readers]
+    return responses
+
+
+@torch.no_grad()
+def beam_search(
+    model: Any, layout: SequenceFormat, prompts: Sequence[Sequence[int]], beams: int, max_tokens: int
+) -> list[list[int]]:
+    """Response ids up to and including the first EOS, by transformers' own beam search."""
+    device = next(model.parameters()).device
+    ids, mask = (t.to(device) for t in _padded(layout, prompts))
+    skip = ids.shape[1]
+    given = {"input_ids": ids, "attention_mask": mask}
+    if layout.decoder_prefix is not None:
+        given["decoder_input_ids"] = torch.tensor([layout.decoder_prefix], device=device).expand(len(prompts), -1)
+        skip = len(layout.decoder_prefix)
+    written = model.generate(**given, max_new_tokens=max_tokens, num_beams=beams)[:, skip:].tolist()
+    ends = [next((n for n, token in enumerate(row, 1) if token in layout.eos_ids), len(row)) for row in written]
+    return [row[:end] for row, end in zip(written, ends, strict=True)]
+
+
+def _padded(layout: SequenceFormat, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(B, longest) ids and mask; a causal model goes on from the right end, so its padding is on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), layout.pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        where = slice(0, len(prompt)) if layout.is_seq2seq else slice(longest - len(prompt), None)
+        ids[row, where] = torch.tensor(prompt)
+        mask[row, where] = 1
+    return ids, mask
+
+
+@dataclass
+class Reader:
+    """What a model has read, row by row, and how it reads on."""
+
+    active: Active
+    takes: frozenset[str]  # the names of its forward's arguments
+    ids: Tensor  # (B, L) what the decoder has read or is about to
+    mask: Tensor  # (B, P) of the prompt, padding excluded: a causal model's, or the encoder's
+    encoded: Tensor | None  # (B, P, H) seq2seq only
+    cache: Any = None
+
+    @classmethod
+    def of(cls, active: Active, layout: SequenceFormat, prompts: Sequence[Sequence[int]]) -> "Reader":
+        """Nothing is read yet."""
+        ids, mask = _padded(layout, prompts)
+        with active() as model:
+            device = next(model.parameters()).device
+            ids, mask = ids.to(device), mask.to(device)
+            plain = model.get_base_model() if hasattr(model, "peft_config") else model
+            takes = frozenset(inspect.signature(plain.forward).parameters)
+            if layout.decoder_prefix is None:
+                return cls(active, takes, ids, mask, None)
+            encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        prefix = torch.tensor([layout.decoder_prefix], device=device).expand(len(prompts), -1)
+        return cls(active, takes, prefix, mask, encoded)
+
+    def start(self, samples: int) -> Tensor:
+        """Read the prompts; from here on each has `samples` rows, one after the other: (B, V) logits."""
+        logits = self._forward(self.ids)
+        if samples == 1:
+            return logits
+        self.ids, self.mask = self.ids.repeat_interleave(samples, 0), self.mask.repeat_interleave(samples, 0)
+        if self.encoded is not None:
+            self.encoded = self.encoded.repeat_interleave(samples, 0)
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(samples)
+        return logits.repeat_interleave(samples, 0)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read a token a row: (B, V) logits of the next."""
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        return self._forward(self.ids if self.cache is None else tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        if self.encoded is not None:
+            self.encoded = self.encoded[rows]
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        given: dict[str, Any] = {"use_cache": True}
+        if "past_key_values" in self.takes:  # a recurrent model keeps no such cache: it reads everything again
+            given["past_key_values"] = self.cache
+        if "logits_to_keep" in self.takes:
+            given["logits_to_keep"] = 1
+        if self.encoded is not None:
+            given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=self.encoded), "attention_mask": self.mask}
+            given["decoder_input_ids"] = ids
+        else:
+            read = self.ids.shape[1] - self.mask.shape[1]
+            mask = torch.nn.functional.pad(self.mask, (0, read), value=1)
+            given |= {"input_ids": ids, "attention_mask": mask}
+            if "position_ids" in self.takes:
+                given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self.active() as model:
+            output = model(**given)
+        if "past_key_values" in self.takes:
+            self.cache = output.past_key_values
+        return output.logits[:, -1]

@@ -1,0 +1,41 @@
+"""Recipe sections `warm_start` and `optimisation`: how weights move."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lmdqn.recipe.section import Section
+
+
+class WarmStartSection(Section):
+    epochs: float = Field(3, gt=0, description="passes over all references of all examples")
+    max_seconds: float | None = Field(None, gt=0, description="end earlier, at this wall-clock time")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
+    batch_examples: int = Field(16, ge=1, description="examples an update, each with all its references")
+
+
+class OptimisationSection(Section):
+    learning_rate: float = Field(4e-4, gt=0, description="AdamW's rate in the Q-learning phase")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="course of the rate over the budget, after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps with a rising rate")
+    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_skipped: int = Field(
+        20,
+        ge=0,
+        description="steps skipped in a row, because a gradient, reward or logit was not finite, that end the run",
+    )
+    micro_batch_tokens: int = Field(
+        8192, ge=1, description="padded tokens a forward pass; an update accumulates gradients over as many as it needs"
+    )
+    vocabulary_chunk_mib: float | None = Field(
+        256,
+        gt=0,
+        description="float32 logits of a forward pass that take more than this come in chunks of this size, made a "
+        "second time for the gradient; null: always whole",
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Accelerate's autocast type")

@@ -1,0 +1,20 @@
+"""What every part of a recipe is: typed, frozen, and strict about its keys."""
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint for the end of an error message: the choice that was probably meant, else all if they are few."""
+    choices = list(choices)
+    if close := difflib.get_close_matches(word, choices, n=1, cutoff=0.5):
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(choices)}" if len(choices) <= 20 else ""

@@ -1,0 +1,257 @@
+"""The model card of a published run: metadata for the hub, a page for people; no local path enters it."""
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from lmdqn.recipe import QLearningSection, Recipe
+from lmdqn.results.tables import COLUMNS, PHASES, p_value_line
+
+METRIC_TYPES = {"bleu": "bleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge", "chrf": "chrf"}  # hub's names
+
+Q_FORMS = {
+    "dueling": "Q(s, a) = V(s) + beta log(pi(a|s) / pi_0(a|s)),      pi = softmax of the LM head's logits",
+    "calibrated": "Q(s, a) = beta (f(a|s) - f_0(a|s)),      f the LM head's logits, f_0 those of the reference pi_0",
+    "classic": "Q(s, a) = the LM head's logit of a in s",
+}
+NEXT_VALUES = {
+    "soft": "beta log sum_a pi_0(a|s) exp(Qbar(s, a) / beta)",
+    "soft_double": "the soft value of Qbar less beta times the KL of the online policy to the target's",
+    "hard": "max_a Qbar(s, a)",
+    "double": "Qbar(s, argmax_a Q(s, a))",
+    "expected": "the mean of Qbar(s, a) under the behaviour policy",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is published, and where."""
+
+    repository: str
+    revision: str
+    is_adapter: bool
+    is_seq2seq: bool
+
+
+def model_card(recipe: Recipe, results: Mapping[str, Any], examples: int, published: Published) -> ModelCard:
+    """The card of a finished run; `results` is its `results.json`, measured on `examples` test examples."""
+    sections = {
+        f"# {published.repository.partition('/')[2]}": _opening(recipe, published),
+        "## How to load": f"```python\n{snippet(recipe, published)}```",
+        "## Results": _results(recipe, results, examples),
+        "## Data": _data(recipe),
+        "## Method": _method(recipe),
+        "## Intended use": "Responses to inputs like those of the training data, prompted as above and decoded "
+        "greedily, which is what the saved generation config does and the table measures. Nothing else was evaluated.",
+        "## Limits": _limits(recipe, results, examples),
+        "## Recipe": "Every setting of the run; folders and files are shown by name alone.\n\n"
+        f"```yaml\n{public_recipe(recipe)}```",
+    }
+    page = "\n\n".join(f"{heading}\n\n{text}" for heading, text in sections.items())
+    return ModelCard(f"---\n{_metadata(recipe, results, published).to_yaml()}\n---\n\n{page}\n")
+
+
+def snippet(recipe: Recipe, published: Published) -> str:
+    """Python that loads the published model and answers one source, as `lmdqn generate` would."""
+    auto = f"AutoModelFor{'Seq2SeqLM' if published.is_seq2seq else 'CausalLM'}"
+    where = "repository" if published.revision == "main" else f'repository, revision="{published.revision}"'
+    loading = [f"from transformers import {auto}, AutoTokenizer", f"model = {auto}.from_pretrained({where})"]
+    generating = "model.generate(**inputs)"
+    if published.is_adapter:
+        loading = [
+            f"from peft import AutoPeftModelFor{auto.removeprefix('AutoModelFor')}\n"
+            "from transformers import AutoTokenizer, GenerationConfig",
+            f"model = AutoPeftModelFor{auto.removeprefix('AutoModelFor')}.from_pretrained({where})",
+        ]
+        generating = f"model.generate(**inputs, generation_config=GenerationConfig.from_pretrained({where}))"
+    answer = "output" if published.is_seq2seq else 'output[inputs["input_ids"].shape[1] :]'
+    return f"""{loading[0]}
+
+repository = "{published.repository}"
+tokenizer = AutoTokenizer.from_pretrained({where})
+{loading[1]}
+
+{_prompting(recipe, published)}
+output = {generating}[0]
+print(tokenizer.decode({answer}, skip_special_tokens=True).strip())
+"""
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML in which folders and files stand by their last name alone."""
+    tree = _without_folders(recipe.model_dump(mode="json"))
+    for section, key in (("data", "path"), ("output", "dir")):
+        if tree[section][key] is not None:
+            tree[section][key] = PurePath(tree[section][key]).name
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a place on this machine rather than one on the hub."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or ("/" in name and Path(name).exists())
+
+
+def _without_folders(value: Any) -> Any:
+    """The same tree with every local file or folder in it, as a key or a value, cut to its last name."""
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(held) for held in value]
+    if isinstance(value, str):
+        path, colon, function = value.partition(".py:")  # a reward of one's own is file.py:function
+        return PurePath(path).name + colon + function if is_local(path + colon[:3]) else value
+    return value
+
+
+def _metadata(recipe: Recipe, results: Mapping[str, Any], published: Published) -> ModelCardData:
+    base, data = recipe.model.name, recipe.data
+    scores = results["test"]["dqn"]
+    measured = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.hub or _data_name(recipe),
+            dataset_name=_data_name(recipe),
+            dataset_config=data.hub_config,
+            dataset_split=data.splits.test,
+            metric_type=METRIC_TYPES[name],
+            metric_value=round(scores[name], 2),
+            metric_name=COLUMNS[name],
+        )
+        for name in METRIC_TYPES
+        if name in scores
+    ]
+    return ModelCardData(
+        base_model=base if base is not None and not is_local(base) else None,
+        datasets=[data.hub] if data.hub is not None else None,
+        library_name="peft" if published.is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["lmdqn", "dqn", "reinforcement-learning"],
+        metrics=sorted({result.metric_type for result in measured}) or None,
+        model_name=published.repository.partition("/")[2],
+        eval_results=measured or None,
+    )
+
+
+def _opening(recipe: Recipe, published: Published) -> str:
+    if recipe.model.from_scratch is not None:
+        base = f"A small {recipe.model.from_scratch.family} model, built from scratch"
+    elif is_local(recipe.model.name or ""):
+        base = f"The model `{PurePath(recipe.model.name or '').name}` (a local folder)"
+    else:
+        base = f"[{recipe.model.name}](https://huggingface.co/{recipe.model.name})"
+    kind = "a LoRA adapter" if published.is_adapter else "all weights"
+    if recipe.model.lora is not None and not published.is_adapter:
+        kind = "a LoRA adapter, merged into the weights"
+    before = "by likelihood on the references, then " if recipe.warm_start is not None else ""
+    return (
+        f"{base}, fine-tuned {before}by token-level DQN ({kind}). The LM head is the Q-function, "
+        f"the reward is {_reward(recipe)}. Made with lmdqn."
+    )
+
+
+def _reward(recipe: Recipe) -> str:
+    terms = _without_folders(recipe.reward.mix)
+    return " + ".join(f"{weight:g} `{name}`" for name, weight in terms.items())
+
+
+def _data_name(recipe: Recipe) -> str:
+    return recipe.data.hub or PurePath(recipe.data.path or "data").name
+
+
+def _data(recipe: Recipe) -> str:
+    data = recipe.data
+    if data.hub is None:
+        return f"Local files, `{_data_name(recipe)}`: `{data.source}` to `{data.references}`."
+    config = f", configuration `{data.hub_config}`" if data.hub_config else ""
+    link = f"[{data.hub}](https://huggingface.co/datasets/{data.hub})"
+    return f"{link}{config}; tested on its split `{data.splits.test}`."
+
+
+def _method(recipe: Recipe) -> str:
+    q = recipe.qlearning
+    settings = f"beta = {q.beta:g} reward units a nat, gamma = {q.gamma:g}, lambda = {q.trace:g}"
+    return (
+        f"A state is the prompt and the tokens so far, an action the next token; pi_0 is the frozen start of the DQN "
+        f"phase.\n\n```\n{_equations(q)}\n```\n\n{settings}; rewards centred by: {q.baseline}. The published weights "
+        "are the target network's, the best on validation. Terms beyond these equations, where there are any, stand "
+        "in the recipe below."
+    )
+
+
+def _equations(q: QLearningSection) -> str:
+    """Q, its target and its residual."""
+    residual = "" if q.form == "classic" else " / beta"
+    if q.loss == "path":
+        value = "the mean over the prompt's responses of [R - beta sum_t log(pi / pi_0)(a_t|s_t)]"
+        lines = [f"V(s_1) = {value if q.path_value == 'group' else 'the value network of the prompt'}"]
+        lines += ["loss = mean over responses of ((V(s_1) + beta sum_t log(pi / pi_0)(a_t|s_t) - R) / beta)^2 / 2"]
+        return "\n".join([Q_FORMS[q.form], *lines])
+    cost = " - beta log(pi / pi_0)(a_t+1|s_t+1)" if q.backup.startswith("soft") else ""
+    target = f"r_t + gamma {{ (1 - lambda) B(s_t+1) + lambda [ y_t+1{cost} ] }}"
+    if q.n_step is not None:
+        target = f"the {q.n_step}-step return of the same rewards and costs, then B"
+    elif q.trace == 0:
+        target = "r_t + gamma B(s_t+1)"
+    loss = f"loss = mean over response tokens of ((Q(s_t, a_t) - y_t){residual})^2 / 2"
+    return "\n".join([Q_FORMS[q.form], f"y_t = {target}", f"B(s) = {NEXT_VALUES[q.backup]}", loss])
+
+
+def _results(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
+    systems: Mapping[str, Mapping[str, float]] = results["test"]
+    columns = [name for name in COLUMNS if all(name in scores for scores in systems.values())]
+    rows = [
+        [PHASES.get(phase, phase), *(_cell(scores[name], results["interval"][phase].get(name)) for name in columns)]
+        for phase, scores in systems.items()
+    ]
+    significance = p_value_line(results["p_value"], "mle" if "mle" in systems else "start")
+    return (
+        f"`{_data_name(recipe)}`, {examples} test examples, greedy decoding, one seed ({recipe.seed}); 0 to 100, "
+        "lengths in words; in brackets 95 % bootstrap intervals.\n\n"
+        + _markdown(["system", *(COLUMNS[name] for name in columns)], rows)
+        + f"\n\n{significance}."
+    )
+
+
+def _cell(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *(["---:"] * (len(header) - 1))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _limits(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
+    points = [
+        "It was tuned towards the reward above: a higher score is closer wording, not checked facts or judged quality.",
+        f"One seed, {examples} test examples, one data set; nothing was measured outside it.",
+        "The licences and biases of the base model and of the data apply; this card names no licence of its own.",
+    ]
+    scores = results["test"]
+    before = scores.get("mle", scores["start"]).get("distinct2", 0.0)
+    if (after := scores["dqn"].get("distinct2", 0.0)) < before:
+        points.insert(1, f"Variety fell with tuning: distinct-2 from {before:.1f} to {after:.1f}.")
+    return "\n".join(f"- {point}" for point in points)
+
+
+def _prompting(recipe: Recipe, published: Published) -> str:
+    """The lines that make `inputs` of a source, as the recipe prompts."""
+    data = recipe.data
+    template = data.prompt or ("{source}" if published.is_seq2seq or data.chat else "{source}\n")
+    names = dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+    values = ", ".join(f'{name}="..."' for name in names)
+    prompt = f"prompt = {json.dumps(template, ensure_ascii=False)}.format({values})"
+    if not data.chat:
+        return f'{prompt}\ninputs = tokenizer(prompt, return_tensors="pt")'
+    system = f'{{"role": "system", "content": {json.dumps(data.system)}}}, ' if data.system else ""
+    return (
+        f'{prompt}\nmessages = [{system}{{"role": "user", "content": prompt}}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)'
+    )

@@ -1,0 +1,174 @@
+"""A file of logged episodes: prompt, response, reward and, where known, the log-probabilities it was sampled with."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdqn.episodes import Episode, Example, SequenceFormat
+from lmdqn.errors import UserError
+from lmdqn.text.data import Row, read_file
+
+
+@dataclass
+class EpisodeLog(Sequence[list[Episode]]):
+    """Groups of the episodes that share a prompt, made from their rows when they are asked for.
+
+    A prompt that is one of the training examples' takes that example, and with it its references.
+    """
+
+    origin: str
+    rows: Sequence[Row]  # in memory, or an Arrow file of `datasets`
+    tokenizer: Any
+    layout: SequenceFormat
+    examples: Sequence[Example]
+    max_response_tokens: int
+    centre: str  # what rewards are centred by: group, running (here the log's mean) or none
+    _places: list[list[int]] = field(init=False)  # rows of each group
+    _mean_reward: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._by_prompt = {example.prompt: example for example in self.examples}
+        places: dict[str, list[int]] = {}
+        total = 0.0
+        for i, row in enumerate(self.rows):
+            places.setdefault(_text(row, "prompt", self._where(i)), []).append(i)
+            total += _reward(row, self._where(i))
+        if not places:
+            raise UserError(f"{self.origin} holds no episodes")
+        self._places = list(places.values())
+        self._mean_reward = total / len(self.rows)
+        if self.centre == "group" and all(len(rows) == 1 for rows in self._places):
+            raise UserError(
+                f"{self.origin} holds one response a prompt, so that qlearning.baseline=group leaves no reward: "
+                "set qlearning.baseline=running or none"
+            )
+
+    def check_behaviour(self, needed_by: str, kind: str) -> None:
+        """Every row must have the behaviour's log-probabilities, unless the reference estimates them.
+
+        Raises:
+            UserError: a row has none.
+        """
+        for i, row in enumerate(self.rows):
+            if kind == "logged" and row.get("behaviour_log_probs") is None:
+                raise UserError(
+                    f"{self._where(i)} has no behaviour_log_probs, which {needed_by} needs: log them, or let the "
+                    "reference estimate them with offline.behaviour=reference"
+                )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        """The group of that number.
+
+        Raises:
+            UserError: a row is not an episode; file and row are named.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        group = [self._episode(i, number) for i in self._places[number]]
+        means = {"group": sum(e.reward for e in group) / len(group), "running": self._mean_reward, "none": 0.0}
+        for episode in group:
+            episode.baseline = means[self.centre]
+        return group
+
+    def __iter__(self) -> Iterator[list[Episode]]:
+        return (self[number] for number in range(len(self)))
+
+    def _where(self, i: int) -> str:
+        return f"{self.origin}, row {i + 1}"
+
+    def _episode(self, i: int, group: int) -> Episode:
+        row, where = self.rows[i], self._where(i)
+        response = _text(row, "response", where)
+        ids = row.get("response_ids")
+        truncated = bool(row.get("truncated") or False)
+        if ids is None:
+            ids = list(self.tokenizer(text_target=response, add_special_tokens=False).input_ids)
+            ids += [] if truncated else [self.layout.eos_ids[0]]
+        if not ids or not all(isinstance(token, int) and 0 <= token < len(self.tokenizer) for token in ids):
+            raise UserError(f"{where}: response_ids must be a list of at least one of this model's token ids")
+        behaviour = row.get("behaviour_log_probs")
+        if behaviour is not None and (len(behaviour) != len(ids) or not all(map(_is_log_prob, behaviour))):
+            raise UserError(
+                f"{where}: behaviour_log_probs must be {len(ids)} numbers of at most 0, one for each token of the "
+                "response with its end; where the tokens differ, log response_ids too"
+            )
+        ids = ids[: self.max_response_tokens]
+        truncated = truncated or ids[-1] not in self.layout.eos_ids
+        episode = Episode(self._example(row["prompt"]), ids, truncated, group, text=response)
+        episode.reward = _reward(row, where)
+        if behaviour is not None:
+            episode.behaviour_log_probs = torch.tensor(behaviour[: len(ids)], dtype=torch.float32)
+        return episode
+
+    def _example(self, prompt: str) -> Example:
+        known = self._by_prompt.get(prompt)
+        return known or Example("", (), tuple(self.tokenizer(prompt).input_ids), (), prompt)
+
+
+def read_log_rows(file: Path, in_memory: bool) -> Sequence[Row]:
+    """Rows of a .jsonl or .parquet file: a list, or a memory-mapped Arrow table of `datasets`.
+
+    Raises:
+        UserError: there is no such file, or it is malformed.
+    """
+    if file.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"offline.path {file} must be a .jsonl or .parquet file")
+    if not file.is_file():
+        raise UserError(f"offline.path: there is no file {file}")
+    if in_memory:
+        return [row for _, row in read_file(file)]
+    import datasets
+
+    kind = "json" if file.suffix == ".jsonl" else "parquet"
+    try:
+        return datasets.load_dataset(kind, data_files=str(file), split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise UserError(f"offline.path {file} is not a valid {file.suffix} file ({error})") from error
+
+
+def write_log(file: Path, episodes: Sequence[Episode]) -> None:
+    """Write episodes as JSONL, a line each.
+
+    Raises:
+        UserError: the file is already there, or cannot be written.
+    """
+    try:
+        with file.open("x", encoding="utf-8") as lines:
+            for episode in episodes:
+                lines.write(json.dumps(_as_row(episode), ensure_ascii=False) + "\n")
+    except FileExistsError as error:
+        raise UserError(f"{file} is already there: choose another name") from error
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _as_row(episode: Episode) -> Row:
+    row: Row = {"prompt": episode.example.prompt, "response": episode.text, "reward": episode.reward}
+    if episode.behaviour_log_probs is not None:
+        row["behaviour_log_probs"] = [round(x, 6) for x in episode.behaviour_log_probs.tolist()]
+    return row | {"response_ids": episode.response_ids, "truncated": episode.truncated}
+
+
+def _text(row: Row, name: str, where: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{where}: an episode needs {name!r}, a text")
+    return row[name]
+
+
+def _reward(row: Row, where: str) -> float:
+    reward = row.get("reward")
+    if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        raise UserError(f"{where}: an episode needs 'reward', a finite number")
+    return float(reward)
+
+
+def _is_log_prob(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value <= 0

@@ -1,0 +1,126 @@
+"""Each part of the method alone against the default, on one data set: the table behind recipes/METHOD.md.
+
+    python tests/benchmarks/parts.py RECIPE DATA OUTPUT [--seconds 60] [--seeds 2] [--only NAME ...]
+
+Every row changes one thing. One warm start, made first, serves all. Each run's numbers go to OUTPUT/NAME-SEED.json, and
+what is there is not run again: stop it and start it as you like. The table is printed, and kept in OUTPUT/table.md.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean
+
+from lmdqn.pipeline import train
+from lmdqn.recipe import Recipe, load_recipe
+
+PARTS: dict[str, list[str]] = {
+    "default": [],
+    "form: calibrated": ["qlearning.form=calibrated"],
+    "form: classic": ["qlearning.form=classic"],
+    "backup: soft double": ["qlearning.backup=soft_double"],
+    "backup: hard": ["qlearning.backup=hard"],
+    "backup: hard in top 20": ["qlearning.backup=hard", "qlearning.backup_top_k=20"],
+    "backup: double in top 20": ["qlearning.backup=double", "qlearning.backup_top_k=20"],
+    "backup: expected": ["qlearning.backup=expected"],
+    "return: one step": ["qlearning.trace=0"],
+    "return: whole": ["qlearning.trace=1"],
+    "return: 5 steps": ["qlearning.n_step=5"],
+    "gamma .98": ["qlearning.gamma=0.98"],
+    "Huber 10": ["qlearning.huber_delta=10"],
+    "path, group": ["qlearning.loss=path"],
+    "path, network": ["qlearning.loss=path", "qlearning.path_value=network"],
+    "path, network, calibrated": ["qlearning.loss=path", "qlearning.path_value=network", "qlearning.form=calibrated"],
+    "quantiles 8": ["qlearning.value_quantiles=8"],
+    "value without references": ["qlearning.value_sees_references=false"],
+    "conservative .1": ["qlearning.conservative=0.1"],
+    "actor 1": ["qlearning.actor=1"],
+    "target: copies of 20": ["qlearning.target_polyak=null", "qlearning.target_copy_every=20"],
+    "reference reset at 40": ["qlearning.reference_reset_every=40"],
+    "epsilon-greedy in top 20": [
+        "rollout.epsilon_greedy=true",
+        "rollout.epsilon_start=0.3",
+        "rollout.reference_top_k=20",
+    ],
+    "inside the reference's .95": ["rollout.reference_top_p=0.95"],
+    "replay: half": ["replay.fresh_share=0.5"],
+    "replay: half, two updates": ["replay.fresh_share=0.5", "replay.updates_per_rollout=2"],
+    "replay: half, prioritised": ["replay.fresh_share=0.5", "replay.sampling=prioritised"],
+    "replay: half, by reward": ["replay.fresh_share=0.5", "replay.sampling=reward"],
+    "replay: half, token weights": ["replay.fresh_share=0.5", "qlearning.importance=token"],
+    "replay: half, episode weights": ["replay.fresh_share=0.5", "qlearning.importance=episode"],
+    "demonstrations: 1": ["replay.demonstrations=1"],
+}
+SHOWN = ("reward", "bleu", "rougeL", "length_words", "distinct2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("data")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    start = warm_start(arguments.recipe, arguments.data, arguments.output)
+    for seed in range(arguments.seeds):  # every part once before any part twice
+        for name in arguments.only:
+            measure(name, seed, start, arguments)
+            table = as_table(arguments.output)
+            (arguments.output / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def warm_start(recipe: str, data: str, output: Path) -> Path:
+    """The run whose model all others begin with: the recipe's warm start alone."""
+    folder = output / "start"
+    if not (folder / "results.json").exists():
+        settings = [f"data.path={data}", f"output.dir={folder}", "output.overwrite=true", "qlearning.max_steps=0"]
+        train(load_recipe(recipe, settings))
+    return folder
+
+
+def measure(name: str, seed: int, start: Path, arguments: argparse.Namespace) -> None:
+    """One part's run from the common start, its numbers kept and its folder dropped."""
+    kept = arguments.output / f"{name.replace(' ', '_').replace(':', '').replace(',', '')}-{seed}.json"
+    if kept.exists():
+        return
+    folder = arguments.output / "run"
+    budget = [f"qlearning.max_seconds={arguments.seconds}", "qlearning.max_steps=1000000", f"seed={seed}"]
+    begin = [f"model={{name: {start / 'model'}}}", "warm_start=null", f"output.dir={folder}", "output.overwrite=true"]
+    recipe: Recipe = load_recipe(start / "recipe.yaml", [*begin, *budget, *PARTS[name]])
+    result = train(recipe)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = max(line["step"] for line in lines)
+    numbers = {
+        phase: {metric: evaluation.metrics[metric] for metric in SHOWN} for phase, evaluation in result.test.items()
+    }
+    kept.write_text(json.dumps({"part": name, "seed": seed, "steps": steps, **numbers}) + "\n", encoding="utf-8")
+    shutil.rmtree(folder)
+
+
+def as_table(output: Path) -> str:
+    """Test metrics after DQN, mean over the seeds that are done, and the start's."""
+    done = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*-*.json"))]
+    rows = [
+        "| part | seeds | steps | reward, each seed | " + " | ".join(SHOWN[1:]) + " |",
+        "|" + "---|" * (len(SHOWN) + 3),
+    ]
+    if done:
+        cells = " | ".join(f"{done[0]['start'][metric]:.1f}" for metric in SHOWN[1:])
+        rows.append(f"| start | | 0 | {done[0]['start']['reward']:.1f} | {cells} |")
+    for name in PARTS:
+        of_part = [run for run in done if run["part"] == name]
+        if of_part:
+            rewards = ", ".join(f"{run['dqn']['reward']:.1f}" for run in of_part)
+            cells = " | ".join(f"{fmean(run['dqn'][metric] for run in of_part):.1f}" for metric in SHOWN[1:])
+            steps = fmean(run["steps"] for run in of_part)
+            rows.append(f"| {name} | {len(of_part)} | {steps:.0f} | {rewards} | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the tests of stopped runs share: what a run left behind, without what depends on the clock."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+WALL_CLOCK = ("seconds", "episodes_per_s")
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """Every file of a run by its path, parsed where numbers of the clock must be left out.
+
+    Checkpoints that were set aside as broken are left out.
+    """
+    found: dict[str, Any] = {
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".broken")
+    }
+    for file in sorted(run.rglob("*")):
+        name = str(file.relative_to(run))
+        if ".broken/" in name:
+            continue
+        if name.endswith("metrics.jsonl"):
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            found[name] = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+        elif file.name == "results.json":
+            results = json.loads(file.read_text(encoding="utf-8"))
+            found[name] = {k: v for k, v in results.items() if k not in ("seconds", "environment")}
+        elif file.name == "state.json":
+            state = _flat(json.loads(file.read_text(encoding="utf-8")))
+            dull = ("seconds", "elapsed_s", "metrics_bytes", "recipe/output")
+            found[name] = {k: v for k, v in state.items() if not any(word in k for word in dull)}
+        elif file.is_file() and file.name not in ("manifest.json", "recipe.yaml", "report.html"):
+            found[name] = file.read_bytes()
+    return found
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(node, (dict, list)):
+        parts = node.items() if isinstance(node, dict) else enumerate(node)
+        return {key: value for k, part in parts for key, value in _flat(part, f"{path}/{k}").items()}
+    return {path: node}

@@ -1,0 +1,134 @@
+"""Whatever stands in a recipe or a data file: `check` ends well or in one sentence, and writes nothing.
+
+`LMDQN_FUZZ=5000 pytest tests/test_fuzz.py` tries more.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lmdqn.cli import main
+from lmdqn.recipe import Recipe, validate
+
+TRIES = int(os.environ.get("LMDQN_FUZZ", "60"))
+SOUND: dict[str, Any] = {
+    "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": {"n_layer": 1, "n_embd": 24}}},
+    "data": {"path": "data"},
+    "warm_start": {"epochs": 1},
+}
+WHOLE = validate(SOUND, "fuzz").model_dump(mode="json")
+LINE = {"source": "say one", "references": ["it is one", "one"]}
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["a.py:f", "1e-4"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+many = settings(max_examples=TRIES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def paths_of(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from paths_of(value, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sound data."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / "data" / f"{split}.jsonl").write_text(json.dumps(LINE) + "\n", encoding="utf-8")
+    return folder
+
+
+def check(folder: Path, *words: str) -> tuple[int, str]:
+    """`lmdqn check recipe.yaml WORDS` in the folder: exit code and standard error; nothing may have been written."""
+    before = sorted(folder.rglob("*"))
+    told = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        arguments, sys.argv = sys.argv, ["lmdqn", "check", "recipe.yaml", *words]
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            sys.argv = arguments
+    assert sorted(folder.rglob("*")) == before
+    return code, told.getvalue()
+
+
+def assert_in_one_sentence(code: int, told: str) -> None:
+    assert code in (0, 2), told
+    assert "Traceback" not in told
+    if code == 2:
+        assert told.startswith(("lmdqn: ", "Usage: "))
+
+
+@many
+@given(path=st.sampled_from(sorted(paths_of(WHOLE))), value=values)
+def test_any_value_anywhere(folder: Path, path: tuple[str, ...], value: Any) -> None:
+    tree = copy.deepcopy(WHOLE)
+    inside = tree
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=True)
+    except yaml.YAMLError:
+        return
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    assert_in_one_sentence(*check(folder))
+
+
+@many
+@given(content=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+def test_any_bytes_for_a_recipe(folder: Path, content: bytes) -> None:
+    (folder / "recipe.yaml").write_bytes(content)
+    code, told = check(folder)
+    assert code == 2
+    assert_in_one_sentence(code, told)
+
+
+@many
+@given(word=st.sampled_from(["", *sorted(Recipe.model_fields)]), rest=st.text(max_size=20))
+def test_any_override(folder: Path, word: str, rest: str) -> None:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SOUND), encoding="utf-8")
+    assert_in_one_sentence(*check(folder, "--", word + rest))
+
+
+rows = st.dictionaries(st.sampled_from(["source", "references", "extra"]), values, max_size=3)
+
+
+@many
+@given(
+    content=st.binary(max_size=80)
+    | st.lists(rows | values, max_size=4).map(lambda lines: "\n".join(map(json.dumps, lines)).encode())
+)
+def test_any_data(folder: Path, content: bytes) -> None:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SOUND), encoding="utf-8")
+    data = folder / "data" / "train.jsonl"
+    sound = data.read_bytes()
+    data.write_bytes(content)
+    try:
+        assert_in_one_sentence(*check(folder))
+    finally:
+        data.write_bytes(sound)

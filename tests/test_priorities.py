@@ -1,0 +1,150 @@
+"""The sum tree and prioritised draws, against plain sums and against frequencies."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmdqn.episodes import Episode, Example
+from lmdqn.learn.priorities import Priorities, SumTree
+from lmdqn.learn.replay import Group, Replay
+from lmdqn.recipe import ReplaySection
+
+EXAMPLE = Example("", (), (5,), (), "")
+
+
+def rollout(*groups: int, size: int = 2, reward: float = 0.0) -> list[Group]:
+    return [[Episode(EXAMPLE, [7, 2], False, group, reward=reward) for _ in range(size)] for group in groups]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.floats(0, 100)), min_size=1, max_size=40),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_sum_tree_is_its_leaves(changes: list[tuple[int, float]], share: float) -> None:
+    """After any changes: the total is the sum, and a point falls into the leaf where plain addition puts it."""
+    tree, leaves = SumTree(13), [0.0] * 13
+    for slot, mass in changes:
+        tree[slot] = leaves[slot] = mass
+    assert [tree[slot] for slot in range(13)] == leaves
+    assert tree.total == pytest.approx(sum(leaves))
+    if tree.total > 0:
+        slot = tree.find(share * tree.total)
+        assert leaves[slot] > 0
+        before = sum(leaves[:slot])
+        slack = 1e-9 * tree.total
+        assert before - slack <= share * tree.total <= before + leaves[slot] + slack
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 12),
+    st.integers(4, 40),
+    st.sampled_from(["uniform", "prioritised", "reward"]),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=12),
+)
+def test_any_replay_keeps_its_promises(
+    batch: int, capacity: int, sampling: str, rollouts: list[tuple[int, int]]
+) -> None:
+    """Over any rollouts: within capacity but for the newest, whole groups, weights in (0, 1], and states that go on."""
+    recipe = ReplaySection.model_validate({"capacity_episodes": capacity, "sampling": sampling, "fresh_share": 0.5})
+    replay, generator, number = Replay(recipe), torch.Generator().manual_seed(0), 0
+    for groups, size in rollouts:
+        replay.add(rollout(*range(number, number + groups), size=size))
+        number += groups
+        assert len(replay) <= max(capacity, groups * size)
+        drawn = replay.sample(batch, generator, correction=0.5)
+        held = Counter(episode.group for episode in replay.episodes())
+        for group, count in Counter(episode.group for episode in drawn).items():
+            assert count % held[group] == 0
+            assert count == held[group] or sampling == "prioritised"
+        assert all(0 < episode.weight <= 1 for episode in drawn)
+        replay.learnt_from({group: 0.1 * group for group in held})
+        again = Replay(recipe)
+        again.restore(replay.state())
+        twins = [torch.Generator().manual_seed(number) for _ in range(2)]
+        batches = [
+            [e.group for e in each.sample(batch, twin)] for each, twin in zip((replay, again), twins, strict=True)
+        ]
+        assert batches[0] == batches[1]
+        assert len(again) == len(replay)
+
+
+def prioritised(alpha: float, residuals: list[float]) -> Replay:
+    recipe = ReplaySection(sampling="prioritised", fresh_share=0.0, priority_exponent=alpha)
+    replay = Replay(recipe)
+    replay.add(rollout(*range(len(residuals))))
+    replay.add(rollout(len(residuals)))
+    replay.learnt_from(dict(enumerate(residuals)))
+    return replay
+
+
+def chi_square(replay: Replay, shares: torch.Tensor, draws: int) -> float:
+    """Of single draws, as those of one batch are stratified and so less than random."""
+    priorities, generator = replay._priorities, torch.Generator().manual_seed(0)
+    assert priorities is not None
+    counts = Counter(priorities.draw(1, generator, 0.0)[0][0] for _ in range(draws))
+    expected = shares * draws
+    return float(sum((counts[i] - expected[i]) ** 2 / expected[i] for i in range(len(shares))))
+
+
+def test_alpha_0_is_uniform() -> None:
+    """100,000 draws of 8 groups; chi-square with 7 degrees of freedom is above 24.3 in one case of a thousand."""
+    replay = prioritised(0.0, [0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 100.0])
+    assert chi_square(replay, torch.full((8,), 1 / 8), 100_000) < 24.3
+
+
+def test_draws_are_in_proportion_to_the_residual_to_the_alpha() -> None:
+    residuals = [0.1, 0.5, 1.0, 2.0]
+    masses = torch.tensor([(r + 1e-3) ** 0.6 for r in residuals])
+    replay = prioritised(0.6, residuals)
+    assert chi_square(replay, masses / masses.sum(), 20_000) < 16.3  # 3 degrees of freedom, one in a thousand
+    assert chi_square(replay, torch.full((4,), 1 / 4), 20_000) > 1000  # so that the tests above can fail
+
+
+def test_full_correction_makes_weighted_draws_unbiased() -> None:
+    """E[w x] over draws is, up to a constant, the plain mean of x: (1/N) sum x."""
+    replay = prioritised(0.6, [0.1, 0.5, 1.0, 2.0])
+    priorities = replay._priorities
+    assert priorities is not None
+    generator = torch.Generator().manual_seed(0)
+    values, totals = [3.0, -1.0, 4.0, 1.0], [0.0, 0.0]
+    for _ in range(4000):
+        for number, weight in priorities.draw(8, generator, correction=1.0):
+            totals[0] += weight * values[number]
+            totals[1] += weight
+    assert totals[0] / totals[1] == pytest.approx(sum(values) / 4, abs=0.05)
+
+
+def test_a_new_group_has_the_greatest_priority_so_far() -> None:
+    priorities = Priorities(alpha=1.0)
+    priorities.enter([0, 1])
+    priorities.learnt_from({0: 5.0, 1: 0.0})
+    priorities.enter([2])
+    masses = {
+        number: float(mass)
+        for number, mass in zip(*(priorities.state()[k].tolist() for k in ("numbers", "masses")), strict=True)
+    }
+    assert masses == pytest.approx({0: 5.001, 1: 0.001, 2: 5.001})
+
+
+def test_reward_sampling_prefers_what_was_rewarded() -> None:
+    """Softmax at temperature .5 of rewards 0 and 1: 1 / (1 + e^-2) = .881 of single draws."""
+    replay = Replay(ReplaySection(sampling="reward", fresh_share=0.0, reward_temperature=0.5))
+    replay.add([*rollout(0, reward=0.0), *rollout(1, reward=1.0)])
+    replay.add(rollout(2))
+    generator = torch.Generator().manual_seed(0)
+    share = sum(replay.sample(1, generator)[0].group for _ in range(4000)) / 4000
+    assert share == pytest.approx(0.881, abs=0.02)
+
+
+def test_capacity_in_tokens() -> None:
+    """Each group holds four tokens; eight fit."""
+    replay = Replay(ReplaySection(capacity_tokens=8))
+    for number in range(5):
+        replay.add(rollout(number))
+    assert {episode.group for episode in replay.episodes()} == {3, 4}
+    assert replay.tokens == 8
