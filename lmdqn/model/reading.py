@@ -14,6 +14,7 @@ from lmdqn.episodes import SequenceFormat
 
 Choose = Callable[..., Tensor]  # which rows (b,), logits (b, V) of each reader -> a token a row, (b,)
 Active = Callable[[], AbstractContextManager[Any]]  # the model, with the adapter that is meant
+CROWDED = 0.75  # share of a batch that still goes on, below which the others leave: to leave copies the whole cache
 
 
 def greedy(rows: Tensor, logits: Tensor) -> Tensor:
@@ -33,27 +34,31 @@ def decode(
     """Response ids up to and including the first EOS, `samples` of them for each prompt in turn.
 
     All models read what is written, and `choose` is given what each says of the next token. A prompt is read once
-    for all its samples, and a row that has ended leaves the batch and the cache. What transformers' `generate` does
-    besides costs more than a small model's own work on a CPU.
+    for all its samples, and rows that have ended leave the batch and the cache, a quarter of them at a time. What
+    transformers' `generate` does besides costs more than a small model's own work on a CPU.
     """
     readers = [Reader.of(model, layout, prompts) for model in models]
     logits = [reader.start(samples) for reader in readers]
     device = logits[0].device
-    rows = torch.arange(len(logits[0]), device=device)  # those not at their end
+    rows = torch.arange(len(logits[0]), device=device)  # those in the batch
+    going_on = rows  # the places in it of those not at their end
+    last = torch.full_like(rows, layout.pad_id)  # token of each row in the batch
     eos_ids = torch.tensor(layout.eos_ids, device=device)
     responses: list[list[int]] = [[] for _ in range(len(rows))]
     for step in range(max_tokens):
-        tokens = choose(rows, *logits)
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+        tokens = choose(rows[going_on], *(of_all[going_on] for of_all in logits))
+        for row, token in zip(rows[going_on].tolist(), tokens.tolist(), strict=True):
             responses[row].append(token)
-        going_on = (~torch.isin(tokens, eos_ids)).nonzero().squeeze(1)
+        last[going_on] = tokens
+        going_on = going_on[~torch.isin(tokens, eos_ids)]
         if len(going_on) == 0 or step + 1 == max_tokens:
             break
-        if len(going_on) < len(rows):
-            rows, tokens = rows[going_on], tokens[going_on]
+        if len(going_on) <= CROWDED * len(rows):
+            rows, last = rows[going_on], last[going_on]
             for reader in readers:
                 reader.keep(going_on)
-        logits = [reader.read(tokens) for reader in readers]
+            going_on = torch.arange(len(rows), device=device)
+        logits = [reader.read(last) for reader in readers]
     return responses
 
 
