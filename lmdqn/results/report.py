@@ -221,7 +221,10 @@ def _calibration(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
 def _ran(results: Mapping[str, Any]) -> dict[str, str]:
     seconds, environment = results["seconds"], results["environment"]
     phases = {PHASES[name]: _minutes(took) for name, took in seconds.items() if name in PHASES}
-    return {**phases, "in all, evaluation and loading included": _minutes(seconds["total"]), **environment}
+    took = {**phases, "in all, evaluation and loading included": _minutes(seconds["total"])}
+    if "peak_memory_mib" in results:
+        took["peak memory"] = ", ".join(f"{mib:,.0f} MiB {where}" for where, mib in results["peak_memory_mib"].items())
+    return took | environment
 
 
 def _minutes(seconds: float) -> str:
