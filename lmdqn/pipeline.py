@@ -69,26 +69,18 @@ def train(recipe: Recipe, tracker: Tracker | None = None, resume: bool = False) 
     """
     run = _prepare(recipe, tracker, resume)
     saved = run.begin(resume)
-    run.trackers.start(run.folder.metrics)
+    run.trackers.start(run.folder.metrics, resume)
     run.tracker.tell(run.trackers)
     try:
         with stop_requests() as run.stop_request:
             _learn(run, saved)
+        return _conclude(run)
     except NotFinite as problem:
         if not problem.episodes:  # of an evaluation
             raise
         raise run.keep_batch(problem) from problem
-    results, seconds, examples = run.results, run.seconds, run.examples["test"]
-    run.on_main(lambda: run.folder.save_model(run.networks.target, run.tokenizer, run.folder.last))
-    results["dqn"] = run.test_saved()
-    before = "mle" if "mle" in results else "start"
-    references = [example.references for example in examples]
-    significance = paired_significance(results, before, references, recipe.evaluation.bootstrap_samples)
-    seconds["total"] = run.elapsed_s
-    run.on_main(lambda: run.folder.save_results(results, significance, seconds, examples))
-    run.on_main(lambda: write_report(run.folder.path))
-    run.trackers.finish()
-    return RunResult(run.folder, results, significance.p_value["dqn"], seconds, examples, run.processes.is_main)
+    finally:  # also where a signal or an error ends the run
+        run.trackers.finish()
 
 
 def _learn(run: "_Run", saved: State | None) -> None:
@@ -108,6 +100,20 @@ def _learn(run: "_Run", saved: State | None) -> None:
     after_step = run.follow("dqn", trainer, saved)
     run.seconds["dqn"] = trainer.run(run.validate, after_step, run.best_state)
     run.on_main(lambda: trainer.calibration.save(run.folder.calibration))
+
+
+def _conclude(run: "_Run") -> RunResult:
+    """Test what was kept against the phases before it, and write what the run leaves."""
+    results, seconds, examples = run.results, run.seconds, run.examples["test"]
+    run.on_main(lambda: run.folder.save_model(run.networks.target, run.tokenizer, run.folder.last))
+    results["dqn"] = run.test_saved()
+    before = "mle" if "mle" in results else "start"
+    references = [example.references for example in examples]
+    significance = paired_significance(results, before, references, run.recipe.evaluation.bootstrap_samples)
+    seconds["total"] = run.elapsed_s
+    run.on_main(lambda: run.folder.save_results(results, significance, seconds, examples))
+    run.on_main(lambda: write_report(run.folder.path))
+    return RunResult(run.folder, results, significance.p_value["dqn"], seconds, examples, run.processes.is_main)
 
 
 @dataclass

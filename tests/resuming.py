@@ -24,7 +24,7 @@ def contents(run: Path) -> dict[str, Any]:
             found[name] = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
         elif file.name == "results.json":
             results = json.loads(file.read_text(encoding="utf-8"))
-            found[name] = {k: v for k, v in results.items() if k not in ("seconds", "environment")}
+            found[name] = {k: v for k, v in results.items() if k not in ("seconds", "environment", "peak_memory_mib")}
         elif file.name == "state.json":
             state = _flat(json.loads(file.read_text(encoding="utf-8")))
             dull = ("seconds", "elapsed_s", "metrics_bytes", "recipe/output")

@@ -43,6 +43,7 @@ def test_the_table_shows_results_intervals_gains_and_p(run: Path) -> None:
     assert "MLE 61 s" in text
     assert "DQN 2.0 min" in text
     assert "2.0 h" in text
+    assert f"peak memory {results['peak_memory_mib']['resident']:,.0f} MiB resident" in text
     assert "Nothing was recorded: no update was made" in text
 
 

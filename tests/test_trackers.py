@@ -1,18 +1,23 @@
 """What a run tells TensorBoard and the other trackers, read back from their own files."""
 
+import importlib
 import json
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lmdqn
-from lmdqn.errors import UserError
+from lmdqn.errors import Stopped, UserError
 from lmdqn.recipe import Recipe
 from lmdqn.results.trackers import Trackers, check_installed
+from lmdqn.results.tracking import Tracker
 
 
 @pytest.fixture
@@ -87,9 +92,95 @@ def test_a_resumed_runs_steps_go_on(recipe: Recipe, tmp_path: Path) -> None:
     listener = Listener("mlflow")
     output = recipe.output.model_copy(update={"trackers": []})
     trackers = Trackers(listener, recipe.model_copy(update={"output": output}))
-    trackers.start(metrics)
+    trackers.start(metrics, resume=True)
     trackers.log("dqn", {"step": 4})
     assert listener.logged == [(8, {"dqn/step": 4})]
+
+
+class StopAt(Tracker):
+    """Sends this process a signal when a step of DQN is logged."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def log(self, phase: str, record: dict[str, Any], write: bool = True) -> None:
+        super().log(phase, record, write)
+        if (phase, record["step"]) == ("dqn", self.step):
+            signal.raise_signal(signal.SIGTERM)
+
+
+FAKE = """
+import itertools
+CALLS, IDS = [], itertools.count(1)
+
+class Run:
+    def __init__(self, id):
+        self.id = id
+    def log(self, values, step=None, **more):
+        CALLS.append(("log", self.id, step))
+    def finish(self):
+        CALLS.append(("finish", self.id))
+
+class config:
+    @staticmethod
+    def update(values, **more): ...
+
+class Table:
+    def __init__(self, **content): ...
+
+def init(project, name, id=None, resume=None):
+    run = Run(id or f"id{next(IDS)}")
+    CALLS.append(("init", project, name, id, resume))
+    return run
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Packages called wandb and trackio that Accelerate finds, and the calls they got."""
+    calls = {}
+    (tmp_path / "fakes").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
+    for name in ("wandb", "trackio"):
+        (tmp_path / "fakes" / f"{name}.py").write_text(FAKE)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, module)  # dropped afterwards
+        calls[name] = module.CALLS
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB, LoggerType.TRACKIO])
+    return calls
+
+
+def test_a_signal_closes_the_trackers_and_a_resumed_run_goes_on_in_theirs(
+    recipe: Recipe, fakes: dict[str, list[Any]]
+) -> None:
+    output = recipe.output.model_copy(update={"trackers": ["wandb", "trackio"]})
+    recipe = recipe.model_copy(update={"output": output})
+    with pytest.raises(Stopped):
+        lmdqn.train(recipe, StopAt(2))
+    lmdqn.train(recipe, resume=True)
+    wandb, trackio = fakes["wandb"], fakes["trackio"]
+    assert [call for call in wandb if call[0] != "log"] == [
+        ("init", "lmdqn", "run", None, None),
+        ("finish", "id1"),
+        ("init", "lmdqn", "run", "id1", "allow"),
+        ("finish", "id1"),
+    ]
+    steps = [call[2] for call in wandb if call[0] == "log" and call[2] is not None]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(1, 9))  # four of MLE, four of DQN, none of them begun anew
+    assert [call[3:] for call in trackio if call[0] == "init"] == [(None, None), (None, "allow")]
+    assert sum(call[0] == "finish" for call in trackio) == 2
+
+
+def test_an_error_closes_the_trackers(recipe: Recipe, fakes: dict[str, list[Any]], tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def score(responses, references, sources):\n    raise ValueError('no luck')\n")
+    output = recipe.output.model_copy(update={"trackers": ["wandb"]})
+    reward = recipe.reward.model_copy(update={"mix": {f"{tmp_path}/bad.py:score": 1.0}})
+    with pytest.raises(UserError, match="no luck"):
+        lmdqn.train(recipe.model_copy(update={"output": output, "reward": reward}))
+    assert fakes["wandb"][-1] == ("finish", "id1")
 
 
 class Listener:

@@ -10,6 +10,7 @@ from lmdqn.errors import UserError
 
 if TYPE_CHECKING:
     from lmdqn.pipeline import RunResult
+    from lmdqn.recipe import Recipe
 
 commands = typer.Typer()
 PHASE_WORDS = {"mle": "MLE", "dqn": "DQN", "total": "in all"}
@@ -28,7 +29,7 @@ def train(
     quiet_transformers()
     from lmdqn import pipeline
 
-    _show_run(pipeline.train(resolved, resume=resume), samples=0)
+    _show_run(pipeline.train(resolved, resume=resume), resolved, samples=0)
 
 
 @commands.command()
@@ -51,7 +52,7 @@ def quickstart(
     quiet_transformers()
     from lmdqn import pipeline
 
-    _show_run(pipeline.train(recipe), samples=3)
+    _show_run(pipeline.train(recipe), recipe, samples=3)
 
 
 @commands.command()
@@ -86,9 +87,10 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         typer.echo(f"memory: not estimated, as the model's config is not here ({error})")
 
 
-def _show_run(result: "RunResult", samples: int) -> None:
+def _show_run(result: "RunResult", recipe: "Recipe", samples: int) -> None:
     if not result.is_main:
         return
+    from lmdqn.results.report import kept_step
     from lmdqn.results.tables import p_value_line, results_table, samples_table, show
 
     before = "mle" if "mle" in result.test else "start"
@@ -100,10 +102,12 @@ def _show_run(result: "RunResult", samples: int) -> None:
         rows = [i * len(examples) // samples for i in range(samples)]
         show(terminal, samples_table(result.test, examples, rows))
     folder = result.folder
+    kept = kept_step(folder.read_metrics(), recipe.evaluation.metric)
     took = ", ".join(f"{PHASE_WORDS[phase]} {seconds:.0f} s" for phase, seconds in result.seconds.items())
     show(
         terminal,
-        f"{took}",
+        kept,
+        took,
         f"model:       {folder.model}  (load it with transformers or peft)",
         f"report:      {folder.report}",
         f"results:     {folder.results}",

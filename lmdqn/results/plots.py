@@ -135,7 +135,7 @@ def _all_whole(series: Sequence[Series]) -> bool:
 
 def _readable(series: Series) -> dict[str, Any]:
     x, y = [float(f"{n:.6g}") for n in series.x], [float(f"{n:.4g}") for n in series.y]
-    return {"name": series.name, "x": x, "y": y}
+    return {"ink": series.ink, "x": x, "y": y}
 
 
 def _page_svg(document: str, title: str) -> Markup:

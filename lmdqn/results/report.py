@@ -20,19 +20,20 @@ NEUTRAL = ("length_words", "distinct2", "repeated_4grams")  # neither more nor l
 # Not curves; and ROUGE-Lsum, which is ROUGE-L wherever a response is one line
 UNDRAWN = ("phase", "step", "seconds", "validation_rougeLsum")
 Lines = Sequence[Mapping[str, Any]]
-TITLES = {
-    "loss": "loss",
+TITLES = {  # in the order of their charts; what else was logged comes after
     "reward": "reward of samples",
     "kl_nats": "KL to the reference, nats",
-    "response_tokens": "length of samples, tokens",
-    "episodes_per_s": "episodes a second",
     "value_explained": "return explained by V",
-    "behaviour_nats": "entropy of the behaviour, nats",
+    "loss": "loss",
     "residual_nats": "mean |residual|, nats",
     "gradient_norm": "gradient norm",
+    "response_tokens": "length of samples, tokens",
+    "behaviour_nats": "entropy of the behaviour, nats",
+    "repeated_4grams": "repeated 4-grams in samples",
     "truncated_share": "share cut at the length limit",
     "equal_groups_share": "share of groups without signal",
     "rate_factor": "learning rate over its peak",
+    "episodes_per_s": "episodes a second",
     "replay_episodes": "episodes in the replay",
 }
 
@@ -60,7 +61,7 @@ def _content(folder: RunFolder, results: Mapping[str, Any], recipe: Recipe) -> d
         "title": f"{_model_name(recipe)} on {_data_name(recipe)}",
         "version": version("lmdqn"),
         "verdict": _verdict(results, before, recipe.evaluation.metric, len(predictions)),
-        "kept": _kept(lines, recipe.evaluation.metric),
+        "kept": kept_step(lines, recipe.evaluation.metric),
         "facts": _facts(results, lines, recipe),
         "examples": len(predictions),
         "phases": phases,
@@ -99,7 +100,7 @@ def _verdict(results: Mapping[str, Any], before: str, metric: str, examples: int
     return f"From {PHASES[before]} to DQN, {moved} on {examples} test examples."
 
 
-def _kept(lines: Lines, metric: str) -> str:
+def kept_step(lines: Lines, metric: str) -> str:
     """Which step's model is kept, in a sentence."""
     scores = [(line[f"validation_{metric}"], line["step"]) for line in lines if f"validation_{metric}" in line]
     best, step = max(scores, key=lambda score: score[0])
@@ -140,7 +141,7 @@ def _curves(lines: Lines, recipe: Recipe) -> list[dict[str, Any]]:
     dqn = [line for line in lines if line["phase"] == "dqn"]
     mle = [line for line in lines if line["phase"] == "mle"]
     validation = [line for line in dqn if f"validation_{metric}" in line]
-    kept = f"Greedy responses of the target network; the lone dot is the best {COLUMNS[metric]}, which model/ keeps."
+    kept = f"Greedy responses of the target network; model/ keeps the one whose {COLUMNS[metric]} was best."
     sections = [
         _section("Validation", kept, validation, "dqn", "validation_", metric),
         _section("Q-learning", "Each point is a logged step. Tap a title for what it means.", dqn, "dqn", "", metric),
@@ -152,7 +153,8 @@ def _curves(lines: Lines, recipe: Recipe) -> list[dict[str, Any]]:
 
 def _section(title: str, note: str, lines: Lines, ink: str, prefix: str, metric: str) -> dict[str, Any]:
     charts, constant = [], []
-    for name in dict.fromkeys(key for line in lines for key in line):
+    logged = dict.fromkeys(key for line in lines for key in line)
+    for name in dict.fromkeys([*(key for key in TITLES if key in logged), *logged]):
         skipped = name in UNDRAWN or name.startswith("reward_")
         if skipped or name.startswith("validation_") != bool(prefix):
             continue
@@ -221,7 +223,10 @@ def _calibration(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
 def _ran(results: Mapping[str, Any]) -> dict[str, str]:
     seconds, environment = results["seconds"], results["environment"]
     phases = {PHASES[name]: _minutes(took) for name, took in seconds.items() if name in PHASES}
-    return {**phases, "in all, evaluation and loading included": _minutes(seconds["total"]), **environment}
+    took = {**phases, "in all, evaluation and loading included": _minutes(seconds["total"])}
+    if "peak_memory_mib" in results:
+        took["peak memory"] = ", ".join(f"{mib:,.0f} MiB {where}" for where, mib in results["peak_memory_mib"].items())
+    return took | environment
 
 
 def _minutes(seconds: float) -> str:

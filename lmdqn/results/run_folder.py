@@ -15,7 +15,7 @@ from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError, writing
 from lmdqn.model.qnetwork import QNetwork
 from lmdqn.recipe import OutputSection, Recipe, dump_recipe
-from lmdqn.results.environment import environment
+from lmdqn.results.environment import environment, peak_memory_mib
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.results.significance import Significance
 
@@ -134,6 +134,7 @@ class RunFolder:
             },
             "p_value": _rounded(dict(sorted(significance.p_value["dqn"].items()))),
             "seconds": _rounded(seconds),
+            "peak_memory_mib": peak_memory_mib(),
             "environment": environment(),
         }
         with writing(self.results):

@@ -15,7 +15,6 @@ from lmdqn.recipe import Recipe
 PROJECT = "lmdqn"
 TABLE = "validation samples"
 COLUMNS = ("source", "reference", "response")
-NAMED = ("wandb", "trackio")  # whose init takes the run's name
 TAKE_TEXT = ("tensorboard", "trackio", "comet_ml")  # the others take numbers alone
 Sample = tuple[str, str, str]  # by COLUMNS
 
@@ -53,19 +52,36 @@ class Trackers:
         self._phase, self._before_phase = "", 0
         self._samples: Sequence[Sample] = ()
 
-    def start(self, metrics: Path) -> None:
+    def start(self, metrics: Path, resume: bool) -> None:
         """Open the trackers with the resolved recipe, under the name of the run's folder.
 
-        A resumed run's steps go on from those in its `metrics.jsonl`.
+        A resumed run's steps go on from those in its `metrics.jsonl`, in the tracker's own run where it lets one go on:
+        TensorBoard by its folder, Weights & Biases by the run's id, Trackio by its name.
         """
         if metrics.exists():
             for line in metrics.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
                 self._place(record["phase"], record["step"])
-        names = self._recipe.output.trackers
-        named = {name: {"name": Path(self._recipe.output.dir).name} for name in names if name in NAMED}
-        if names:
-            self._accelerator.init_trackers(PROJECT, _flat(self._recipe.model_dump(mode="json")), named)
+        if not self._recipe.output.trackers:
+            return
+        wandb_id = metrics.parent / "trackers" / "wandb_id"
+        self._accelerator.init_trackers(
+            PROJECT, _flat(self._recipe.model_dump(mode="json")), self._options(wandb_id, resume)
+        )
+        for tracker in self._accelerator.trackers if self._accelerator.is_main_process else ():
+            if tracker.name == "wandb":
+                wandb_id.parent.mkdir(exist_ok=True)
+                wandb_id.write_text(tracker.tracker.id, encoding="utf-8")
+
+    def _options(self, wandb_id: Path, resume: bool) -> dict[str, dict[str, str]]:
+        """What each tracker's `init` is given: a name, and which run to go on with."""
+        name = Path(self._recipe.output.dir).name
+        options = {"wandb": {"name": name}, "trackio": {"name": name}}
+        if resume:
+            options["trackio"]["resume"] = "allow"
+        if resume and wandb_id.exists():
+            options["wandb"] |= {"id": wandb_id.read_text(encoding="utf-8"), "resume": "allow"}
+        return options
 
     def log(self, phase: str, record: Mapping[str, Any]) -> None:
         """Log a record's numbers as phase/key, and samples that wait; steps go on from one phase to the next."""

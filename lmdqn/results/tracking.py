@@ -114,7 +114,7 @@ class Tracker:
             progress.update(task, completed=min(1.0, done), news="  ".join(news))
         elif time.monotonic() - self._last_plain_s >= self.plain_every_s:
             self._last_plain_s = time.monotonic()
-            left = seconds * (1 - done) / max(done, 1e-9)
+            left = max(0.0, seconds * (1 - done) / max(done, 1e-9))
             self.say(f"{name} {100 * min(1.0, done):3.0f}%  {'  '.join(news)}  {left:.0f} s left")
 
 

@@ -60,7 +60,8 @@
       const text = system === after ? marked(response, sample.responses[before]) : plain(response);
       const score = scoreOf(sample, system), gain = gainOf(sample);
       const shown = field("score").value === "length_words" ? score : (100 * score).toFixed(1);
-      const line = row("", name, ink, text, shown);
+      // What an untrained model says is seldom worth the room.
+      const line = row(ink === "start" && system !== before ? "aside" : "", name, ink, text, shown);
       if (system === after && gain) line.lastChild.classList.replace("soft", gain > 0 ? "good" : "bad");
       box.append(line);
     });

@@ -9,8 +9,13 @@ for (const chart of document.querySelectorAll(".chart")) {
     const share = box[0] + (box[1] - box[0]) * (x - limits[0]) / (limits[1] - limits[0]);
     cursor.style.left = 100 * share + "%";
     cursor.hidden = false;
-    const values = series.flatMap((s) => s.x.includes(x) ? [+s.y[s.x.indexOf(x)].toPrecision(3)] : []);
-    output.textContent = x + ": " + values.join("  ");
+    output.replaceChildren(x + ": ");
+    for (const s of series.filter((s) => s.x.includes(x))) {
+      const value = document.createElement("span");
+      value.className = s.ink;
+      value.textContent = +s.y[s.x.indexOf(x)].toPrecision(3);
+      output.append(output.childElementCount ? "  " : "", value);
+    }
   };
   drawing.addEventListener("pointermove", (event) => {
     const area = drawing.getBoundingClientRect();
