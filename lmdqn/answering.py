@@ -1,14 +1,11 @@
 """A trained model at work: its evaluation, and its responses to sources, in batches. Part of the Python interface."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example
-from lmdqn.errors import UserError, writing
+from lmdqn.errors import UserError
 from lmdqn.model.decoding import respond
 from lmdqn.model.exploration import exploration_at
 from lmdqn.model.loading import LoadedModel, hidden_size, load_trained
@@ -136,24 +133,3 @@ def answer_line(pair: Pair, response: str, file: Path) -> str:
 def one_line(text: str) -> str:
     """A response on one line, whatever breaks it has."""
     return " ".join(text.splitlines())
-
-
-@contextmanager
-def written_beside(file: Path, overwrite: bool) -> Iterator[TextIO]:
-    """A text file filled beside `file` and put in its place only when it is complete.
-
-    Raises:
-        UserError: the file is there and `overwrite` is off, or it cannot be written.
-    """
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} is already there: --overwrite replaces it")
-    beside = file.with_name(f".{file.name}.new")
-    with writing(file):
-        text = beside.open("w", encoding="utf-8")
-    try:
-        with text:
-            yield text
-        with writing(file):
-            os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
