@@ -1,14 +1,12 @@
 """A trained model at work: its evaluation, and its responses to sources, in batches. Part of the Python interface."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TextIO
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example
-from lmdqn.errors import UserError, writing
+from lmdqn.errors import UserError
 from lmdqn.model.decoding import respond
 from lmdqn.model.exploration import exploration_at
 from lmdqn.model.loading import LoadedModel, hidden_size, load_trained
@@ -32,9 +30,8 @@ def evaluate(
         UserError: no such run or model, or a bare model without a recipe that says on what to evaluate it.
     """
     loaded, recipe = load_for_use(run_or_model, recipe)
-    pairs = load_pairs(recipe.data, split, recipe.seed)
-    examples, _ = encode_examples(pairs, recipe.data, loaded.tokenizer, loaded.layout)
-    texts = decoded(run_or_model, loaded, recipe, examples)
+    examples = _encoded_split(loaded, recipe, split)
+    texts = decoder(run_or_model, loaded, recipe)(examples)
     return score_responses(texts, examples, Reward(recipe.reward)), examples
 
 
@@ -47,14 +44,19 @@ def generate(run_or_model: str | Path, sources: Sequence[str], recipe: Recipe | 
 def responses(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, pairs: Sequence[Pair]) -> Iterator[str]:
     """The response to each pair's source in turn, decoded as the recipe says, a batch at a time when asked for."""
     at_once = recipe.evaluation.batch_examples
+    decode = decoder(run_or_model, loaded, recipe)
     for start in range(0, len(pairs), at_once):
         batch = pairs[start : start + at_once]
         examples, _ = encode_examples(batch, recipe.data, loaded.tokenizer, loaded.layout)
-        yield from decoded(run_or_model, loaded, recipe, examples)
+        yield from decode(examples)
 
 
-def decoded(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, examples: Sequence[Example]) -> list[str]:
-    """Decode as the recipe says; what a method needs beside the model comes from the run's folder."""
+def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Callable[[Sequence[Example]], list[str]]:
+    """What decodes as the recipe says; what a method needs beside the model comes from the run's folder, once.
+
+    Raises:
+        UserError: the recipe's value head cannot rank responses, or is not there.
+    """
     decoding, qlearning = recipe.decoding, recipe.qlearning
     folder, hidden = RunFolder(Path(run_or_model)), hidden_size(loaded.model)
     if decoding.method == "best_of_n":
@@ -67,14 +69,14 @@ def decoded(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, examp
     else:
         head = ValueHead(hidden, MATCH_FEATURES, qlearning.beta)
     device = accelerator_for(recipe).device
+    network, rollout = QNetwork(loaded.model, head.to(device)), rollout_of(loaded, recipe)
 
+    @cache
     def reference() -> QNetwork:
-        name = folder.reference_name(recipe)
-        model = load_trained(name, recipe.model, recipe.data.max_response_tokens).model.to(device)
+        model = load_on_device(folder.reference_name(recipe), recipe).model
         return QNetwork(model, ValueHead(hidden, MATCH_FEATURES, qlearning.beta).to(device))
 
-    network = QNetwork(loaded.model, head.to(device))
-    return respond(network, rollout_of(loaded, recipe), examples, decoding, recipe.seed, reference)
+    return lambda examples: respond(network, rollout, examples, decoding, recipe.seed, reference)
 
 
 def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: str = "train") -> list[Episode]:
@@ -87,18 +89,12 @@ def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: 
     exploration = exploration_at(recipe.rollout, 0)
     if exploration.needs_reference:
         raise UserError("rollout.reference_top_k and reference_top_p need a reference beside the model: drop them")
-    examples, _ = encode_examples(
-        load_pairs(recipe.data, split, recipe.seed), recipe.data, loaded.tokenizer, loaded.layout
-    )
+    examples = _encoded_split(loaded, recipe, split)
     network = QNetwork(loaded.model, ValueHead(hidden_size(loaded.model), MATCH_FEATURES, recipe.qlearning.beta))
     network.to(accelerator_for(recipe).device)
     samples, groups = recipe.rollout.samples, range(len(examples))
     episodes = rollout_of(loaded, recipe).sample(network, examples, samples, exploration, recipe.seed, groups)
-    rewards = Reward(recipe.reward)(
-        [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
-    )
-    for episode, reward in zip(episodes, rewards, strict=True):
-        episode.reward = reward
+    Reward(recipe.reward).score(episodes)
     return episodes
 
 
@@ -116,14 +112,24 @@ def load_for_use(run_or_model: str | Path, recipe: Recipe | None) -> tuple[Loade
         name, recipe = str(run.model), recipe or load_recipe(run.recipe)
     if recipe is None:
         raise UserError(f"{run_or_model} is no run of lmdqn: give a recipe that names the data for it")
+    return load_on_device(name, recipe), recipe
+
+
+def load_on_device(name: str, recipe: Recipe) -> LoadedModel:
+    """A trained model, by folder or name, where the recipe's work is done."""
     loaded = load_trained(name, recipe.model, recipe.data.max_response_tokens)
     loaded.model.to(accelerator_for(recipe).device)
-    return loaded, recipe
+    return loaded
 
 
 def rollout_of(loaded: LoadedModel, recipe: Recipe) -> Rollout:
     """What decodes responses with a recipe's model."""
     return Rollout(loaded.layout, loaded.tokenizer, recipe.data.max_response_tokens, recipe.evaluation.batch_examples)
+
+
+def _encoded_split(loaded: LoadedModel, recipe: Recipe, split: str) -> list[Example]:
+    pairs = load_pairs(recipe.data, split, recipe.seed)
+    return encode_examples(pairs, recipe.data, loaded.tokenizer, loaded.layout)[0]
 
 
 def answer_line(pair: Pair, response: str, file: Path) -> str:
@@ -136,24 +142,3 @@ def answer_line(pair: Pair, response: str, file: Path) -> str:
 def one_line(text: str) -> str:
     """A response on one line, whatever breaks it has."""
     return " ".join(text.splitlines())
-
-
-@contextmanager
-def written_beside(file: Path, overwrite: bool) -> Iterator[TextIO]:
-    """A text file filled beside `file` and put in its place only when it is complete.
-
-    Raises:
-        UserError: the file is there and `overwrite` is off, or it cannot be written.
-    """
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} is already there: --overwrite replaces it")
-    beside = file.with_name(f".{file.name}.new")
-    with writing(file):
-        text = beside.open("w", encoding="utf-8")
-    try:
-        with text:
-            yield text
-        with writing(file):
-            os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -172,7 +172,7 @@ def micro_batches(episodes: Sequence[Episode], layout: SequenceFormat, max_token
 
     A group that alone is over the limit makes a list of its own.
     """
-    groups = [[episodes[i] for i in members] for members in _rows(episodes, True)]
+    groups = by_group(episodes)
     groups.sort(key=lambda group: _padded_tokens([group], layout))
     batches: list[list[list[Episode]]] = []
     for group in groups:
@@ -181,6 +181,11 @@ def micro_batches(episodes: Sequence[Episode], layout: SequenceFormat, max_token
         else:
             batches.append([group])
     return [[episode for group in batch for episode in group] for batch in batches]
+
+
+def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
+    """The episodes of each group, in order of first appearance."""
+    return [[episodes[i] for i in members] for members in _rows(episodes, True)]
 
 
 def _padded_tokens(groups: Sequence[Sequence[Episode]], layout: SequenceFormat) -> int:

@@ -8,41 +8,23 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from accelerate import Accelerator
-from rich.console import Console
-
-from lmdqn.answering import rollout_of
-from lmdqn.episodes import Episode, Example
+from lmdqn.episodes import Example
 from lmdqn.errors import NotFinite, Stopped, UserError
 from lmdqn.learn.checkpoint import AfterStep, BrokenCheckpointError, Checkpoints, State
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.stopping import StopRequest, stop_requests
 from lmdqn.learn.trainer import Trainer
 from lmdqn.learn.warm_start import WarmStart
-from lmdqn.model.loading import LoadedModel, load_model, load_trained
-from lmdqn.model.qnetwork import Networks, QNetwork
-from lmdqn.model.rollout import Rollout
-from lmdqn.recipe import DataSection, Recipe, differing_keys, load_recipe
+from lmdqn.model.loading import load_trained
+from lmdqn.model.qnetwork import QNetwork
+from lmdqn.preparation import Parts, prepare
+from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import Evaluation, score_responses
 from lmdqn.results.report import write_report
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import paired_significance
-from lmdqn.results.trackers import Sample, Trackers, accelerator_for, check_installed
+from lmdqn.results.trackers import Sample
 from lmdqn.results.tracking import Tracker
-from lmdqn.text.data import SPLITS, Pair, load_pairs
-from lmdqn.text.episode_log import EpisodeLog, read_log_rows
-from lmdqn.text.prompts import encode_examples
-from lmdqn.text.rewards import Reward
-
-# What may change when a run goes on: where it is kept, and how long it goes.
-FREE_KEYS = (
-    "output.",
-    "decoding.",
-    "qlearning.max_",
-    "warm_start.epochs",
-    "warm_start.max_seconds",
-    "evaluation.patience",
-)
 
 
 @dataclass
@@ -67,10 +49,11 @@ def train(recipe: Recipe, tracker: Tracker | None = None, resume: bool = False) 
         UserError: something in recipe, data or model that the user can mend.
         Stopped: SIGINT or SIGTERM ended the run; it can be resumed.
     """
-    run = _prepare(recipe, tracker, resume)
+    parts = prepare(recipe, tracker, resume)
+    run = _Run(parts)
     saved = run.begin(resume)
-    run.trackers.start(run.folder.metrics, resume)
-    run.tracker.tell(run.trackers)
+    parts.trackers.start(parts.folder.metrics, resume)
+    parts.tracker.tell(parts.trackers)
     try:
         with stop_requests() as run.stop_request:
             _learn(run, saved)
@@ -80,57 +63,51 @@ def train(recipe: Recipe, tracker: Tracker | None = None, resume: bool = False) 
             raise
         raise run.keep_batch(problem) from problem
     finally:  # also where a signal or an error ends the run
-        run.trackers.finish()
+        parts.trackers.finish()
 
 
 def _learn(run: "_Run", saved: State | None) -> None:
     """The phases, from the start or from what a checkpoint saved."""
-    recipe, online, lessons = run.recipe, run.networks.online, run.examples["train"]
+    parts = run.parts
+    recipe, networks, lessons = parts.recipe, parts.networks, parts.examples["train"]
     if "start" not in run.results:
-        run.results["start"] = run.test(online)
+        run.results["start"] = run.test(networks.online)
     if recipe.warm_start is not None and "mle" not in run.results:
-        teacher = WarmStart(recipe, online, lessons, run.rollout.layout, run.accelerator, run.tracker)
+        teacher = WarmStart(recipe, networks.online, lessons, parts.rollout.layout, parts.accelerator, parts.tracker)
         after_step = run.follow("mle", teacher, saved)
         run.seconds["mle"] = teacher.run(after_step)
-        run.networks.settle()
-        run.results["mle"] = run.test(online)
+        networks.settle()
+        run.results["mle"] = run.test(networks.online)
     if saved is None or saved["phase"] != "dqn":
         run.on_main(run.save_reference)
-    trainer = Trainer(recipe, run.networks, run.rollout, lessons, run.reward, run.accelerator, run.tracker, run.log)
+    trainer = Trainer(
+        recipe, networks, parts.rollout, lessons, parts.reward, parts.accelerator, parts.tracker, parts.log
+    )
     after_step = run.follow("dqn", trainer, saved)
     run.seconds["dqn"] = trainer.run(run.validate, after_step, run.best_state)
-    run.on_main(lambda: trainer.calibration.save(run.folder.calibration))
+    run.on_main(lambda: trainer.calibration.save(parts.folder.calibration))
 
 
 def _conclude(run: "_Run") -> RunResult:
     """Test what was kept against the phases before it, and write what the run leaves."""
-    results, seconds, examples = run.results, run.seconds, run.examples["test"]
-    run.on_main(lambda: run.folder.save_model(run.networks.target, run.tokenizer, run.folder.last))
+    parts, results, seconds = run.parts, run.results, run.seconds
+    folder, examples = parts.folder, parts.examples["test"]
+    run.on_main(lambda: run.save_target(folder.last))
     results["dqn"] = run.test_saved()
     before = "mle" if "mle" in results else "start"
     references = [example.references for example in examples]
-    significance = paired_significance(results, before, references, run.recipe.evaluation.bootstrap_samples)
+    significance = paired_significance(results, before, references, parts.recipe.evaluation.bootstrap_samples)
     seconds["total"] = run.elapsed_s
-    run.on_main(lambda: run.folder.save_results(results, significance, seconds, examples))
-    run.on_main(lambda: write_report(run.folder.path))
-    return RunResult(run.folder, results, significance.p_value["dqn"], seconds, examples, run.processes.is_main)
+    run.on_main(lambda: folder.save_results(results, significance, seconds, examples))
+    run.on_main(lambda: write_report(folder.path))
+    return RunResult(folder, results, significance.p_value["dqn"], seconds, examples, run.processes.is_main)
 
 
 @dataclass
 class _Run:
-    """What a run works with, found sound before anything is written."""
+    """A run under way: how far it is, and what it keeps."""
 
-    recipe: Recipe
-    folder: RunFolder
-    reward: Reward
-    accelerator: Accelerator
-    tracker: Tracker
-    trackers: Trackers
-    tokenizer: Any
-    rollout: Rollout
-    networks: Networks
-    examples: dict[str, list[Example]]  # by split
-    log: Sequence[list[Episode]]  # of offline learning
+    parts: Parts
     processes: Processes = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     stop_request: StopRequest = field(init=False, default_factory=StopRequest)
@@ -140,9 +117,9 @@ class _Run:
     _began_s: float = field(init=False, default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.processes = Processes(self.accelerator)
+        self.processes = Processes(self.parts.accelerator)
         self.checkpoints = Checkpoints(
-            self.folder.checkpoints, self.recipe.output.keep_checkpoints, self.examples["train"]
+            self.parts.folder.checkpoints, self.parts.recipe.output.keep_checkpoints, self.parts.examples["train"]
         )
 
     def on_main(self, work: Callable[[], object]) -> None:
@@ -162,7 +139,7 @@ class _Run:
         """
         name = self.processes.on_main(lambda: self._newest_checkpoint(resume))
         if name is None:
-            self.on_main(lambda: self.folder.begin(self.recipe))
+            self.on_main(lambda: self.parts.folder.begin(self.parts.recipe))
             self._write_metrics(0)
             return None
         saved = self.checkpoints.read(name)
@@ -171,38 +148,42 @@ class _Run:
         self._began_s -= saved["elapsed_s"]
         self._write_metrics(saved["metrics_bytes"])
         self.on_main(self._rewind_folder)
-        self.tracker.say(f"going on from {self.checkpoints.folder / name}")
+        self.parts.tracker.say(f"going on from {self.checkpoints.folder / name}")
         return saved
 
     def _newest_checkpoint(self, resume: bool) -> str | None:
-        newest = self.checkpoints.newest(self.tracker.say) if resume else None
+        newest = self.checkpoints.newest(self.parts.tracker.say) if resume else None
         if newest is None and resume:
-            if not self.folder.is_barely_begun():
-                raise UserError(f"{self.folder.path} holds a run without a checkpoint: it cannot be resumed")
-            self.tracker.say(f"{self.folder.path} holds no checkpoint: starting from the beginning")
+            if not self.parts.folder.is_barely_begun():
+                raise UserError(f"{self.parts.folder.path} holds a run without a checkpoint: it cannot be resumed")
+            self.parts.tracker.say(f"{self.parts.folder.path} holds no checkpoint: starting from the beginning")
         return newest
 
     def _write_metrics(self, after_bytes: int) -> None:
         if self.processes.is_main:
-            self.tracker.write_to(self.folder.metrics, after_bytes)
+            self.parts.tracker.write_to(self.parts.folder.metrics, after_bytes)
 
     def _rewind_folder(self) -> None:
         """Note the recipe; `model/` may be of a later step than the checkpoint: make it the best one known there."""
-        self.folder.go_on(self.recipe)
+        self.parts.folder.go_on(self.parts.recipe)
         if self.best is None:
             return
         try:
             best = self.checkpoints.read(self.best)
         except BrokenCheckpointError as error:
-            self.tracker.say(f"{error}: {self.folder.model} stays as it is")
+            self.parts.tracker.say(f"{error}: {self.parts.folder.model} stays as it is")
             return
-        self.networks.target.restore(best["learner"]["networks"]["target"])
-        self.folder.save_model(self.networks.target, self.tokenizer, self.folder.model)
+        self.parts.networks.target.restore(best["learner"]["networks"]["target"])
+        self.save_target(self.parts.folder.model)
+
+    def save_target(self, folder: Path) -> None:
+        """Save the target network, as it is now, as one of the run's models."""
+        self.parts.folder.save_model(self.parts.networks.target, self.parts.tokenizer, folder)
 
     def save_reference(self) -> None:
         """Keep the policy that Q-learning begins from, of which the target is a copy now, unless it has a name."""
-        if self.recipe.warm_start is not None or self.recipe.model.name is None:
-            self.folder.save_model(self.networks.target, self.tokenizer, self.folder.reference)
+        if self.parts.recipe.warm_start is not None or self.parts.recipe.model.name is None:
+            self.save_target(self.parts.folder.reference)
 
     def best_state(self) -> State:
         """The trainer's state when it validated best."""
@@ -224,15 +205,19 @@ class _Run:
         number = max(self.processes.together(lambda: self.stop_request.signal_number or 0))
         if better:
             self.best = name
-        every = self.recipe.output.checkpoint_every_steps
+        every = self.parts.recipe.output.checkpoint_every_steps
         if better or last or number or (every is not None and step % every == 0):
             self.on_main(lambda: self.checkpoints.write(name, self._state(phase, learner), self.best))
         if better:  # after the checkpoint, from which a resumed run makes it again
-            self.on_main(lambda: self.folder.save_model(self.networks.target, self.tokenizer, self.folder.model))
+            self.on_main(
+                lambda: self.parts.folder.save_model(
+                    self.parts.networks.target, self.parts.tokenizer, self.parts.folder.model
+                )
+            )
         if number:
             raise Stopped(
                 f"stopped by {Signals(number).name} after {phase} step {step}; to go on: "
-                f"lmdqn train {self.folder.recipe} --resume",
+                f"lmdqn train {self.parts.folder.recipe} --resume",
                 number,
             )
 
@@ -244,15 +229,15 @@ class _Run:
             "results": {name: asdict(evaluation) for name, evaluation in self.results.items()},
             "seconds": self.seconds,
             "elapsed_s": self.elapsed_s,
-            "metrics_bytes": self.tracker.bytes_written,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "metrics_bytes": self.parts.tracker.bytes_written,
+            "recipe": self.parts.recipe.model_dump(mode="json"),
         }
 
     def keep_batch(self, problem: NotFinite) -> UserError:
         """Write the episodes of a step that was not finite, for inspection; gives what to tell of it."""
-        self.on_main(lambda: self.folder.save_batch(problem.episodes))
-        most = self.recipe.optimisation.max_skipped
-        return UserError(f"{problem}, more than {most} times in a row: its episodes are in {self.folder.batch}")
+        self.on_main(lambda: self.parts.folder.save_batch(problem.episodes))
+        most = self.parts.recipe.optimisation.max_skipped
+        return UserError(f"{problem}, more than {most} times in a row: its episodes are in {self.parts.folder.batch}")
 
     def test(self, network: QNetwork) -> Evaluation:
         """Evaluate a network on the test split."""
@@ -260,119 +245,29 @@ class _Run:
 
     def test_saved(self) -> Evaluation:
         """Evaluate, on the test split, what the folder holds: the proof that it loads and answers."""
-        saved = load_trained(self.folder.model, self.recipe.model, self.recipe.data.max_response_tokens)
-        with self.accelerator.autocast():
-            return self._scored(saved.model.to(self.accelerator.device), "test")
+        saved = load_trained(
+            self.parts.folder.model, self.parts.recipe.model, self.parts.recipe.data.max_response_tokens
+        )
+        with self.parts.accelerator.autocast():
+            return self._scored(saved.model.to(self.parts.accelerator.device), "test")
 
     def validate(self) -> dict[str, float]:
         """Metrics of the target network on the validation split."""
-        evaluation = self._evaluate(self.networks.target, "validation")
-        self.trackers.show(_samples(self.examples["validation"], evaluation.responses))
+        evaluation = self._evaluate(self.parts.networks.target, "validation")
+        self.parts.trackers.show(_samples(self.parts.examples["validation"], evaluation.responses))
         return evaluation.metrics
 
     def _evaluate(self, network: QNetwork, split: str) -> Evaluation:
-        with network.active() as model, self.accelerator.autocast():
+        with network.active() as model, self.parts.accelerator.autocast():
             return self._scored(model, split)
 
     def _scored(self, model: Any, split: str) -> Evaluation:
         """Each process answers its share; the main one scores the whole."""
-        examples = self.examples[split]
+        examples = self.parts.examples[split]
         mine = self.processes.share(examples)
-        responses = self.processes.gather(lambda: self.rollout.greedy(model, mine))
-        return self.processes.on_main(lambda: score_responses(responses, examples, self.reward))
-
-
-def _prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> _Run:
-    """Read and build everything, and write nothing. With several processes, none goes on before all have."""
-    check_installed(recipe.output.trackers)
-    processes = Processes(accelerator_for(recipe))
-    tracker = tracker or (Tracker() if processes.is_main else Tracker(Console(quiet=True)))
-    if processes.count > 1:
-        tracker.say(f"learning in {processes.count} processes")
-    prepared: list[_Run] = []
-    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes)))
-    return prepared[0]
-
-
-def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes) -> _Run:
-    folder = RunFolder.check(recipe.output, resume)
-    if resume and folder.recipe.exists():
-        _check_same(recipe, folder)
-    for key, count in _shared(recipe):
-        if count < processes.count:
-            raise UserError(f"{key}={count} is too few for {processes.count} processes: each needs a share")
-    reward = Reward(recipe.reward)
-    accelerator = processes.accelerator
-    pairs = {split: load_pairs(recipe.data, split, recipe.seed) for split in SPLITS}
-    loaded = load_model(recipe.model, _texts(pairs["train"]), recipe.seed, recipe.data.max_response_tokens)
-    loaded.model.to(accelerator.device)
-    examples = _encode_all(pairs, recipe.data, loaded, tracker)
-    networks = Networks.build(
-        loaded,
-        recipe.qlearning.beta,
-        recipe.seed,
-        recipe.optimisation.vocabulary_chunk_mib,
-        recipe.qlearning.value_quantiles or 1,
-        keep_first=recipe.qlearning.reference_reset_every is not None,
-    )
-    rollout = rollout_of(loaded, recipe)
-    trackers = Trackers(accelerator, recipe)
-    log = _read_log(recipe, loaded, examples["train"], tracker)
-    tokenizer = loaded.tokenizer
-    return _Run(recipe, folder, reward, accelerator, tracker, trackers, tokenizer, rollout, networks, examples, log)
-
-
-def _shared(recipe: Recipe) -> list[tuple[str, int]]:
-    """What processes share out."""
-    shared = [("rollout.prompts", recipe.rollout.prompts), ("replay.batch_groups", recipe.replay.batch_groups)]
-    if recipe.warm_start is not None:
-        shared.append(("warm_start.batch_examples", recipe.warm_start.batch_examples))
-    return shared
-
-
-def _read_log(
-    recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], tracker: Tracker
-) -> Sequence[list[Episode]]:
-    """The offline log's groups, in memory or on disk; none where the recipe has no log."""
-    offline = recipe.offline
-    if offline is None:
-        return ()
-    file, longest = Path(offline.path), recipe.data.max_response_tokens
-    rows = read_log_rows(file, offline.in_memory)
-    centre = recipe.qlearning.baseline
-    log = EpisodeLog(str(file), rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
-    needed_by = "offline.boltzmann_js_nats" if offline.boltzmann_js_nats is not None else "qlearning.importance"
-    if offline.boltzmann_js_nats is not None or recipe.qlearning.importance != "none":
-        log.check_behaviour(needed_by, offline.behaviour)
-    tracker.say(f"log: {len(rows)} episodes of {len(log)} prompts")
-    return list(log) if offline.in_memory else log
-
-
-def _check_same(recipe: Recipe, folder: RunFolder) -> None:
-    differing = [key for key in differing_keys(recipe, load_recipe(folder.recipe)) if not key.startswith(FREE_KEYS)]
-    if differing:
-        raise UserError(
-            f"the recipe is not that of the run in {folder.path}: {', '.join(differing)} differ; a resumed run may "
-            "change its output and budget alone"
-        )
+        responses = self.processes.gather(lambda: self.parts.rollout.greedy(model, mine))
+        return self.processes.on_main(lambda: score_responses(responses, examples, self.parts.reward))
 
 
 def _samples(examples: Sequence[Example], responses: Sequence[str]) -> list[Sample]:
     return [(e.source, e.references[0] if e.references else "", r) for e, r in zip(examples, responses, strict=True)]
-
-
-def _texts(pairs: Sequence[Pair]) -> list[str]:
-    return [text for pair in pairs for text in (pair.source, *pair.references)]
-
-
-def _encode_all(
-    pairs: dict[str, list[Pair]], data: DataSection, loaded: LoadedModel, tracker: Tracker
-) -> dict[str, list[Example]]:
-    examples: dict[str, list[Example]] = {}
-    for split, of_split in pairs.items():
-        examples[split], cuts = encode_examples(of_split, data, loaded.tokenizer, loaded.layout)
-        if cuts:
-            tracker.say(f"{split}: {cuts}")
-    sizes = ", ".join(f"{len(examples[split])} {split}" for split in SPLITS)
-    tracker.say(f"examples: {sizes}")
-    return examples

@@ -22,14 +22,10 @@ ROWS: Rows = [{"source": f"copy the word {word}", "references": [word]} for word
 @pytest.fixture
 def write_data(tmp_path: Path) -> Callable[..., Path]:
     """`write_data(rows, **splits)`: a folder of JSONL splits, `rows` wherever a split is not given its own."""
+    from tests.runs import write_splits
 
     def write(rows: Rows = ROWS, **splits: Rows) -> Path:
-        folder = tmp_path / "data"
-        folder.mkdir()
-        for split in ("train", "validation", "test"):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in splits.get(split, rows)]
-            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        return folder
+        return write_splits(tmp_path / "data", rows, **splits)
 
     return write
 

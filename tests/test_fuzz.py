@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lmdqn.cli import main
 from lmdqn.recipe import Recipe, validate
+from tests.runs import write_splits
 
 TRIES = int(os.environ.get("LMDQN_FUZZ", "60"))
 SOUND: dict[str, Any] = {
@@ -54,9 +55,7 @@ def paths_of(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with sound data."""
     folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        (folder / "data" / f"{split}.jsonl").write_text(json.dumps(LINE) + "\n", encoding="utf-8")
+    write_splits(folder / "data", [LINE])
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import lmdqn
 from lmdqn.learn.guards import FIRST_STEPS, Guards
 from lmdqn.recipe import GuardsSection, load_recipe
-from lmdqn.results.tracking import Tracker
+from tests.runs import Listening
 
 SOUND = {
     "reward": 0.5,
@@ -97,15 +97,6 @@ def score(responses, references, sources):
     calls += 1
     return [0.0 if 12 < calls < 20 else 1.0 + len(r) / 1000 for r in responses]
 """
-
-
-class Listening(Tracker):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.mark.parametrize(("action", "steps"), [("warn", 20), ("stop", 14), ("best", 20)])

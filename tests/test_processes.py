@@ -14,16 +14,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.runs import write_splits
+
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def write_run(folder: Path, **changes: dict[str, Any]) -> Path:
     """A recipe of seconds without dropout, and its data."""
-    folder.mkdir()
-    for split in ("train", "validation", "test"):
-        rows = [{"source": f"say {w}", "references": [f"it is {w}", f"we say {w}"]} for w in WORDS]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_splits(folder, [{"source": f"say {w}", "references": [f"it is {w}", f"we say {w}"]} for w in WORDS])
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, **no_dropout}
     tree: dict[str, Any] = {

@@ -25,6 +25,7 @@ from lmdqn.model.loading import load_model, load_trained
 from lmdqn.recipe import Recipe, load_recipe
 from lmdqn.results.model_card import Published, model_card, public_recipe, snippet
 from tests.local_hub import TOKEN, Hub, running
+from tests.runs import write_splits
 
 CommandLine = Callable[..., Any]
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -49,11 +50,8 @@ for name, load in {loads}.items():
 
 def write_recipe(folder: Path, **changes: dict[str, Any]) -> Path:
     """A recipe of seconds, on six examples."""
-    data = folder / "my secret folder"
-    data.mkdir(parents=True, exist_ok=True)
     rows = [{"source": f"say {word}", "references": [word]} for word in WORDS]
-    for split in ("train", "validation", "test"):
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = write_splits(folder / "my secret folder", rows)
     tree: dict[str, Any] = {
         "model": {"from_scratch": {"family": "llama", "vocabulary_size": 300, "config": LLAMA}},
         "data": {"path": str(data), "max_response_tokens": 8},

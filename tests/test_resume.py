@@ -17,7 +17,7 @@ import lmdqn
 from lmdqn.errors import Stopped, UserError
 from lmdqn.recipe import dump_recipe, load_recipe
 from lmdqn.results.tracking import Tracker
-from tests.resuming import contents
+from tests.runs import Listening, contents
 
 Rows = list[dict[str, Any]]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -41,17 +41,6 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
     "path, cosine": ("gpt2", {"qlearning": {"loss": "path"}, "optimisation": {"schedule": "cosine"}}),
 }
-
-
-class Listening(Tracker):
-    """Keeps what is told to the person at the terminal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 class StopAt(Tracker):

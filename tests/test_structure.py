@@ -9,7 +9,7 @@ import lmdqn
 
 PACKAGE = Path(lmdqn.__file__).parent
 FLOORS = [  # from the ground up; modules of one floor may import each other in the order they stand
-    ["lmdqn.errors", "lmdqn.recipe.section"],
+    ["lmdqn.errors", "lmdqn.whole_files", "lmdqn.recipe.section"],
     [
         "lmdqn.recipe.model",
         "lmdqn.recipe.data",
@@ -65,7 +65,8 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     ["lmdqn.results.page", "lmdqn.results.plots", "lmdqn.results.browser"],
     ["lmdqn.results.calibration", "lmdqn.results.report", "lmdqn.results.compare"],
     ["lmdqn.results.inspection", "lmdqn.results.inspection_view", "lmdqn.chat"],
-    ["lmdqn.learn.warm_start", "lmdqn.learn.collector", "lmdqn.learn.trainer", "lmdqn.pipeline", "lmdqn.quickstart"],
+    ["lmdqn.learn.warm_start", "lmdqn.learn.collector", "lmdqn.learn.trainer"],
+    ["lmdqn.preparation", "lmdqn.pipeline", "lmdqn.quickstart"],
     [
         "lmdqn.cli.common",
         "lmdqn.cli.training",

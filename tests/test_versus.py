@@ -22,6 +22,7 @@ from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import score_responses
 from lmdqn.text.metrics import References, corpus_metrics
 from lmdqn.text.rewards import Reward
+from tests.runs import write_splits
 
 WITHOUT_TRL = "TRL is not installed: pip install -c constraints.txt -e '.[bench]'"
 Run = Callable[[Arena, Recipe, Recorder], None]
@@ -59,10 +60,7 @@ class StepRecorder(Recorder):
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A set of twelve pairs, and the overrides that make everything about it tiny."""
     folder = tmp_path_factory.mktemp("sets")
-    (folder / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        lines = [json.dumps(row) + "\n" for row in ROWS]
-        (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_splits(folder / "data", ROWS)
     return Settings(folder, folder / "out", seconds=1e6, evaluations=1, threads=1, overrides=TINY)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lmdqn
 from lmdqn.recipe import load_recipe
 from lmdqn.results.tracking import LOGGED
+from tests.runs import Rows, write_splits
 
 ANIMALS = ("cat", "dog", "cow", "hen", "fox", "owl")
 PLACES = ("barn", "yard", "wood", "lake", "hill")
@@ -38,15 +39,15 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
     pairs = [(animal, place) for animal in ANIMALS for place in PLACES]
     draw.shuffle(pairs)
+    splits: dict[str, Rows] = {}
     for split, part in (("train", pairs[:20]), ("validation", pairs[20:25]), ("test", pairs[20:])):
-        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for animal, place in part:
-                wordings = [f"the {animal} is in the {place}", f"the {animal} sleeps in the {place}"]
-                wordings.append(
-                    draw.choice([f"we saw a {animal} near the {place}", f"look, a {animal} at the {place}"])
-                )
-                file.write(json.dumps({"source": f"{animal} {place}", "references": wordings}) + "\n")
-    return folder
+        rows = []
+        for animal, place in part:
+            wordings = [f"the {animal} is in the {place}", f"the {animal} sleeps in the {place}"]
+            wordings.append(draw.choice([f"we saw a {animal} near the {place}", f"look, a {animal} at the {place}"]))
+            rows.append({"source": f"{animal} {place}", "references": wordings})
+        splits[split] = rows
+    return write_splits(folder, (), **splits)
 
 
 def write_recipe(folder: Path, data: Path, family: str = "gpt2", **changes: Changes) -> Path:

@@ -192,11 +192,10 @@ class WorldReward:
     def __init__(self, world: World):
         self.world = world
 
-    def terms(self, responses: Sequence[str], *_: Any) -> dict[str, list[float]]:
-        return {"world": [self.world.rewards[tuple(map(int, text.split()))] for text in responses]}
-
-    def mix(self, terms: dict[str, list[float]]) -> list[float]:
-        return terms["world"]
+    def score(self, episodes: Sequence[Episode]) -> None:
+        for episode in episodes:
+            episode.reward = self.world.rewards[tuple(map(int, episode.text.split()))]
+            episode.terms = {"world": episode.reward}
 
 
 def trainer_of(world: World, recipe: Recipe, start: Tensor | None = None, log: Sequence[list[Episode]] = ()) -> Trainer:

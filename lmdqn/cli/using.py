@@ -28,12 +28,13 @@ def evaluate(
     quiet_transformers()
     from lmdqn import answering
     from lmdqn.results.tables import results_table, show
+    from lmdqn.whole_files import write_whole
 
     evaluation, examples = answering.evaluate(run_or_model, resolved, split)
     show(console(), results_table({Path(run_or_model).name: evaluation}, f"{len(examples)} {split} examples"))
     if output is not None:
         result = {"metrics": evaluation.metrics, "responses": evaluation.responses}
-        output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 @commands.command()
@@ -56,6 +57,7 @@ def generate(
     from lmdqn import answering
     from lmdqn.recipe import DataSection
     from lmdqn.text.data import read_sources, source_alone
+    from lmdqn.whole_files import whole_file
 
     pairs = [source_alone(text) for text in source or []]
     if str(input) == "-":
@@ -64,7 +66,9 @@ def generate(
         pairs += read_sources(input, resolved.data if resolved is not None else DataSection())
     if not pairs:
         raise UserError("nothing to respond to: give --source TEXT or --input FILE")
-    with answering.written_beside(output, overwrite) if output is not None else nullcontext(sys.stdout) as lines:
+    if output is not None and output.exists() and not overwrite:
+        raise UserError(f"{output} is already there: --overwrite replaces it")
+    with whole_file(output) if output is not None else nullcontext(sys.stdout) as lines:
         loaded, resolved = answering.load_for_use(run_or_model, resolved)
         responses = answering.responses(run_or_model, loaded, resolved, pairs)
         for pair, response in zip(pairs, progress(responses, len(pairs), shown=output is not None), strict=True):

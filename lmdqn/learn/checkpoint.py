@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError, writing
-from lmdqn.results.run_folder import swap_in
+from lmdqn.whole_files import swap_in, write_link
 
 State = dict[str, Any]
 AfterStep = Callable[[int, bool, bool], None]  # (step, last of its phase, best so far on validation)
@@ -67,9 +67,9 @@ class Checkpoints:
         with writing(self.folder / name):
             self.folder.mkdir(exist_ok=True)
             swap_in(self.folder / name, fill)
-            self._link("last", name)
+            write_link(self.folder / "last", name)
             if best is not None:
-                self._link("best", best)
+                write_link(self.folder / "best", best)
             for old in self.names()[: -self.keep]:
                 if old not in (best, name):
                     shutil.rmtree(self.folder / old)
@@ -129,12 +129,6 @@ class Checkpoints:
         for example in self.examples:
             digest.update(repr((example.prompt_ids, example.references)).encode())
         return digest.hexdigest()
-
-    def _link(self, link: str, name: str) -> None:
-        beside = self.folder / f".{link}.new"
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(name)
-        os.replace(beside, self.folder / link)
 
 
 def _unused(path: Path) -> Path:

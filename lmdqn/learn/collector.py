@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from lmdqn.episodes import Episode, Example, demonstration
-from lmdqn.errors import NotFinite
 from lmdqn.learn.checkpoint import pack_episodes, unpack_episodes
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.learn.processes import Processes
@@ -86,11 +85,7 @@ class Collector:
             for k in prompt.references:
                 episodes.append(demonstration(prompt.example, k, prompt.group, self.rollout.layout.eos_ids))
         self.measure(episodes)
-        try:
-            self._score(episodes)
-        except NotFinite as problem:
-            problem.episodes = episodes
-            raise
+        self.reward.score(episodes)
         return episodes
 
     @cached_property
@@ -139,14 +134,6 @@ class Collector:
         wanted = self.recipe.replay.demonstrations
         order = torch.randperm(len(example.references), generator=self.prompt_generator)
         return order[:wanted].tolist() if wanted else []
-
-    def _score(self, episodes: Sequence[Episode]) -> None:
-        terms = self.reward.terms(
-            [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
-        )
-        for i, (episode, total) in enumerate(zip(episodes, self.reward.mix(terms), strict=True)):
-            episode.reward = total
-            episode.terms = {name: scores[i] for name, scores in terms.items()}
 
     def _centre(self, groups: Sequence[Group]) -> None:
         """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lmdqn.episodes import Batch, Episode, Example, make_batch, micro_batches
+from lmdqn.episodes import Batch, Episode, Example, by_group, make_batch, micro_batches
 from lmdqn.errors import NotFinite
 from lmdqn.learn.behaviour import fit_sharpness
 from lmdqn.learn.budget import Budget
@@ -286,12 +286,9 @@ class Trainer:
 
     def _shares(self, episodes: Sequence[Episode]) -> list[list[list[Episode]]]:
         """Each process's micro-batches: groups are dealt out whole."""
-        by_group: dict[int, Group] = {}
-        for episode in episodes:
-            by_group.setdefault(episode.group, []).append(episode)
-        shares = []
+        groups, shares = by_group(episodes), []
         for rank in range(self.processes.count):
-            dealt = [episode for group in self.processes.share(list(by_group.values()), rank) for episode in group]
+            dealt = [episode for group in self.processes.share(groups, rank) for episode in group]
             shares.append(micro_batches(dealt, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens))
         return shares
 

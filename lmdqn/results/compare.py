@@ -12,11 +12,12 @@ from lmdqn.errors import UserError
 from lmdqn.recipe import METRICS, load_recipe
 from lmdqn.results.browser import browser_content
 from lmdqn.results.evaluate import Evaluation
-from lmdqn.results.page import render, write_page
+from lmdqn.results.page import render
 from lmdqn.results.plots import Chart, interval_chart
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import SIGNIFICANT, Kind, Significance, paired_significance
 from lmdqn.results.tables import COLUMNS, p_text, signed
+from lmdqn.whole_files import write_whole
 
 BETTER_IF_GREATER = ("reward", "bleu", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf")
 INKS = ("start", "dqn", "mle", "more", "ink", "soft")
@@ -105,7 +106,7 @@ def write_comparison(comparison: Comparison, file: Path) -> None:
         charts=_charts(comparison),
         browser=browser_content(comparison.lines, comparison.runs, labels, comparison.baseline, last),
     )
-    write_page(file, page)
+    write_whole(file, page)
 
 
 def _name(run: str | Path, runs: Sequence[str | Path]) -> str:

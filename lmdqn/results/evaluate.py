@@ -29,13 +29,9 @@ def score_responses(responses: list[str], examples: Sequence[Example], reward: R
     """Metrics of given responses, one for each example."""
     references = [example.references for example in examples]
     rewards = reward(responses, references, [example.source for example in examples])
-    per_response = {
-        "reward": rewards,
-        "length_words": [float(len(r.split())) for r in responses],
-        "repeated_4grams": metrics.repeated_4grams(responses),
-    }
+    scores = metrics.response_scores(responses, references)
+    corpus = metrics.table_metrics(responses, references, scores)
+    per_response = {"reward": rewards, **scores}
     if all(references):
-        per_response |= metrics.rouge(responses, references, metrics.ROUGE_TYPES)
         per_response["sentence_bleu"] = metrics.sentence_bleu(responses, references)
-    corpus = metrics.corpus_metrics(responses, references)
     return Evaluation(responses, {"reward": 100 * fmean(rewards), **corpus}, per_response)

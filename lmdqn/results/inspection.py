@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
-from lmdqn.answering import rollout_of
+from lmdqn.answering import load_on_device, rollout_of
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example, make_batch
 from lmdqn.errors import UserError
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.loading import LoadedModel, hidden_size, load_trained
+from lmdqn.model.loading import LoadedModel, hidden_size
 from lmdqn.model.qnetwork import QNetwork, ValueHead, load_value_head
 from lmdqn.recipe import Recipe, load_recipe
 from lmdqn.results.run_folder import RunFolder
@@ -80,17 +79,17 @@ def inspect_run(run: str | Path, pairs: Sequence[Pair], recipe: Recipe | None = 
     if not folder.model.is_dir():
         raise UserError(f"{folder.path} has no model/ folder: it is no run of lmdqn, or ended before a validation")
     recipe = recipe or load_recipe(folder.recipe)
-    loaded = _load(str(folder.model), recipe)
+    loaded = load_on_device(str(folder.model), recipe)
     examples, _ = encode_examples(pairs, recipe.data, loaded.tokenizer, loaded.layout)
     head = load_value_head(folder.model, hidden_size(loaded.model))
-    network = QNetwork(loaded.model, head.to(PartialState().device))
+    network = QNetwork(loaded.model, head.to(loaded.model.device))
     rollout = rollout_of(loaded, recipe)
     episodes = rollout.sample(network, examples, 1, GREEDY, recipe.seed, range(len(examples)))
     measure_matches(episodes)
     after = [_view(network, episode, loaded) for episode in episodes]
     del network, loaded
-    loaded = _load(folder.reference_name(recipe), recipe)
-    zero = ValueHead(hidden_size(loaded.model), MATCH_FEATURES, recipe.qlearning.beta).to(PartialState().device)
+    loaded = load_on_device(folder.reference_name(recipe), recipe)
+    zero = ValueHead(hidden_size(loaded.model), MATCH_FEATURES, recipe.qlearning.beta).to(loaded.model.device)
     reference = QNetwork(loaded.model, zero)
     before = [_view(reference, episode, loaded) for episode in episodes]
     texts = rollout_of(loaded, recipe).greedy(loaded.model, examples)
@@ -116,12 +115,6 @@ def pairs_to_inspect(
     if not pairs:
         raise UserError("nothing to inspect: give --prompt TEXT or --data test")
     return pairs
-
-
-def _load(name: str, recipe: Recipe) -> LoadedModel:
-    loaded = load_trained(name, recipe.model, recipe.data.max_response_tokens)
-    loaded.model.to(PartialState().device)
-    return loaded
 
 
 @torch.no_grad()

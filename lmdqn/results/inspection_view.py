@@ -11,8 +11,9 @@ from rich.text import Text
 
 from lmdqn.recipe import Recipe
 from lmdqn.results.inspection import Choice, Inspected, Step
-from lmdqn.results.page import render, write_page
+from lmdqn.results.page import render
 from lmdqn.results.plots import Chart, Series, line_chart
+from lmdqn.whole_files import write_whole
 
 MOST_NATS, LEAST_NATS = 3.0, 0.1  # between these lies the |log(pi / pi_0)| that is coloured fully
 LEAST_SHARE = 0.1  # of the full colour; a token with less has none in the terminal
@@ -70,7 +71,7 @@ def write_inspection(inspected: Sequence[Inspected], recipe: Recipe, run: str, f
         responses=[_response(one, number, full_nats) for number, one in enumerate(inspected, start=1)],
         data=[[_details(step) for step in one.steps] for one in inspected],
     )
-    write_page(file, page)
+    write_whole(file, page)
 
 
 def shown(text: str) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 from lmdqn.recipe import Recipe, dump_recipe, load_recipe
 from lmdqn.results.browser import browser_content
 from lmdqn.results.calibration import by_position, explained, rank_correlation, read_calibration, reliability
-from lmdqn.results.page import render, write_page
+from lmdqn.results.page import render
 from lmdqn.results.plots import Chart, Series, line_chart, reliability_chart
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import SIGNIFICANT
 from lmdqn.results.tables import COLUMNS, PHASES, p_text, signed
 from lmdqn.results.tracking import LOGGED
+from lmdqn.whole_files import write_whole
 
 NEUTRAL = ("length_words", "distinct2", "repeated_4grams")  # neither more nor less of them is a gain by itself
 # Not curves; and ROUGE-Lsum, which is ROUGE-L wherever a response is one line
@@ -48,7 +49,7 @@ def write_report(run: str | Path, output: Path | None = None) -> Path:
     results = folder.read_results()
     page = render("report.html.j2", **_content(folder, results, load_recipe(folder.recipe)))
     file = output or folder.report
-    write_page(file, page)
+    write_whole(file, page)
     return file
 
 

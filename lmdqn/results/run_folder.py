@@ -1,13 +1,11 @@
 """A run's folder: the contract that other tools read. Everything in it is written beside and swapped in."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from lmdqn.recipe import OutputSection, Recipe, dump_recipe
 from lmdqn.results.environment import environment, peak_memory_mib
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.results.significance import Significance
+from lmdqn.whole_files import beside, swap_in, write_whole
 
 
 class RunFolder:
@@ -64,7 +63,7 @@ class RunFolder:
         """Nothing is there but what a run leaves that was killed before its first checkpoint was complete."""
         if self.recipe.exists():  # a run of ours: its model is saved after its first checkpoint
             return not self.model.exists() and not self.results.exists()
-        return not self.path.is_dir() or all(file.name == _beside(self.recipe).name for file in self.path.iterdir())
+        return not self.path.is_dir() or all(file.name == beside(self.recipe).name for file in self.path.iterdir())
 
     def reference_name(self, recipe: Recipe) -> str:
         """Where pi_0 is: in the run, or the pretrained model where Q-learning began from that itself.
@@ -84,12 +83,11 @@ class RunFolder:
             if self.path.is_dir():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
-            _write(self.recipe, dump_recipe(recipe))
+        write_whole(self.recipe, dump_recipe(recipe))
 
     def go_on(self, recipe: Recipe) -> None:
         """Keep what is there, and note the recipe, whose budget may be another."""
-        with writing(self.recipe):
-            _write(self.recipe, dump_recipe(recipe))
+        write_whole(self.recipe, dump_recipe(recipe))
 
     def save_model(self, network: QNetwork, tokenizer: Any, folder: Path) -> None:
         """Save what ordinary transformers or peft loads, with the value head in a file of its own beside it."""
@@ -115,8 +113,7 @@ class RunFolder:
             | {"example": vars(episode.example)}
             for episode in episodes
         ]
-        with writing(self.batch):
-            _write(self.batch, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.batch, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
     def save_results(
         self,
@@ -137,8 +134,7 @@ class RunFolder:
             "peak_memory_mib": peak_memory_mib(),
             "environment": environment(),
         }
-        with writing(self.results):
-            _write(self.results, json.dumps(results, indent=2) + "\n")
+        write_whole(self.results, json.dumps(results, indent=2) + "\n")
         lines = [
             {
                 "source": example.source,
@@ -151,8 +147,7 @@ class RunFolder:
             }
             for i, example in enumerate(examples)
         ]
-        with writing(self.predictions):
-            _write(self.predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_whole(self.predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def read_results(self) -> dict[str, Any]:
         """`results.json`.
@@ -184,40 +179,3 @@ class RunFolder:
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in numbers.items()}
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
-
-
-def _write(file: Path, text: str) -> None:
-    beside = _beside(file)
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
-
-
-def swap_in(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a fresh folder and put it in place of the old one only when it is complete and on the disk."""
-    fresh, old = _beside(folder), folder.with_name(f".{folder.name}.old")
-    for leftover in (fresh, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    fresh.mkdir()
-    try:
-        fill(fresh)
-        for file in fresh.iterdir():
-            _sync(file)
-    except (OSError, SafetensorError):
-        shutil.rmtree(fresh)  # a full disk is not kept full
-        raise
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync(file: Path) -> None:
-    """Wait until what was written has reached the disk."""
-    with file.open("rb") as written:
-        os.fsync(written.fileno())

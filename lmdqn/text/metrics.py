@@ -5,7 +5,7 @@ Sentence functions give one number in [0, 1] for each response. BLEU and chrF of
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import fmean
 
@@ -87,17 +87,32 @@ def corpus_metrics(responses: Sequence[str], references: References) -> dict[str
 
     Without references only length, distinct-2 and repeated 4-grams are given.
     """
-    metrics = {
-        "length_words": fmean(len(r.split()) for r in responses),
-        "distinct2": 100 * distinct_2(responses),
-        "repeated_4grams": 100 * fmean(repeated_4grams(responses)),
+    return table_metrics(responses, references, response_scores(responses, references))
+
+
+def response_scores(responses: Sequence[str], references: References) -> dict[str, list[float]]:
+    """What `corpus_metrics` takes means of, for each response: length in words, all else in [0, 1]."""
+    scores = {
+        "length_words": [float(len(response.split())) for response in responses],
+        "repeated_4grams": repeated_4grams(responses),
     }
-    if any(not refs for refs in references):
+    return scores | (rouge(responses, references, ROUGE_TYPES) if all(references) else {})
+
+
+def table_metrics(
+    responses: Sequence[str], references: References, scores: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """`corpus_metrics` where the responses' own scores are known."""
+    metrics = {
+        "length_words": fmean(scores["length_words"]),
+        "distinct2": 100 * distinct_2(responses),
+        "repeated_4grams": 100 * fmean(scores["repeated_4grams"]),
+    }
+    if not all(references):
         return metrics
-    rouges = rouge(responses, references, ROUGE_TYPES)
     return {
         "bleu": corpus_bleu(responses, references),
-        **{kind: 100 * fmean(rouges[kind]) for kind in ROUGE_TYPES},
+        **{kind: 100 * fmean(scores[kind]) for kind in ROUGE_TYPES},
         "chrf": corpus_chrf(responses, references),
         **metrics,
     }

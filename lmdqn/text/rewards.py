@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from lmdqn.episodes import Episode
 from lmdqn.errors import NotFinite, UserError
 from lmdqn.recipe import RewardSection
 from lmdqn.text import metrics
@@ -81,6 +82,22 @@ class Reward:
         """The weighted sum of the terms for each response."""
         columns = [[self.recipe.mix[name] * score for score in scores] for name, scores in terms.items()]
         return [sum(parts) for parts in zip(*columns, strict=True)]
+
+    def score(self, episodes: Sequence[Episode]) -> None:
+        """Write each episode's reward, and the terms it is mixed from, into it.
+
+        Raises:
+            NotFinite: a score is not finite; it has the episodes.
+        """
+        texts = [e.text for e in episodes]
+        try:
+            terms = self.terms(texts, [e.example.references for e in episodes], [e.example.source for e in episodes])
+        except NotFinite as problem:
+            problem.episodes = episodes
+            raise
+        for i, (episode, total) in enumerate(zip(episodes, self.mix(terms), strict=True)):
+            episode.reward = total
+            episode.terms = {name: scores[i] for name, scores in terms.items()}
 
     def __call__(self, responses: Sequence[str], references: metrics.References, sources: Sequence[str]) -> list[float]:
         """The reward of each response."""

@@ -6,7 +6,6 @@ never disturbed. Prints a Markdown table; ends with 1 where anything differed.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,7 +24,7 @@ import lmdqn
 from lmdqn.errors import Stopped, UserError
 from lmdqn.recipe import Recipe, validate
 from lmdqn.results.tracking import Tracker
-from tests.resuming import contents
+from tests.runs import contents, write_splits
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
@@ -48,11 +47,8 @@ def recipe(data: Path, run: Path) -> Recipe:
 
 
 def write_data(folder: Path) -> Path:
-    folder.mkdir()
     rows = [{"source": f"say {word}", "references": [f"it is {word}", f"we say {word}"]} for word in WORDS]
-    for split in ("train", "validation", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+    return write_splits(folder, rows)
 
 
 class Silent(Tracker):

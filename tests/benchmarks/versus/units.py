@@ -1,7 +1,6 @@
 """Units of work: one method's run on one task with one setting and one seed, each with its own result file."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lmdqn.errors import UserError
 from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import Evaluation
+from lmdqn.whole_files import write_whole
 from versus.arena import NO_LIMIT, Arena, Recorder, Settings, Task
 from versus.methods import run_best_of_group, run_lean_grpo, run_lmdqn
 from versus.trl_runs import run_trl_grpo, run_trl_rloo
@@ -158,11 +158,9 @@ def better_variant(results: Sequence[Result]) -> str:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Written beside and swapped in: a file that is there is whole."""
+    """A file that is there is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    os.replace(beside, file)
+    write_whole(file, json.dumps(content, ensure_ascii=False))
 
 
 def read_json(file: Path) -> Any:

@@ -1,10 +1,35 @@
-"""What the tests of stopped runs share: what a run left behind, without what depends on the clock."""
+"""What tests of whole runs share: their data, what they told, and what they left, without what depends on the clock."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdqn.results.tracking import Tracker
+
+SPLITS = ("train", "validation", "test")
 WALL_CLOCK = ("seconds", "episodes_per_s")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write_splits(folder: Path, rows: Rows, **splits: Rows) -> Path:
+    """A folder of JSONL splits, `rows` wherever a split is not given its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in splits.get(split, rows)]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+class Listening(Tracker):
+    """Keeps what is told to the person at the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 def contents(run: Path) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Before a run: its recipe, data and model read, found sound and put together, and nothing written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from lmdqn.answering import rollout_of
+from lmdqn.episodes import Episode, Example
+from lmdqn.errors import UserError
+from lmdqn.learn.processes import Processes
+from lmdqn.model.loading import LoadedModel, load_model
+from lmdqn.model.qnetwork import Networks
+from lmdqn.model.rollout import Rollout
+from lmdqn.recipe import DataSection, Recipe, differing_keys, load_recipe
+from lmdqn.results.run_folder import RunFolder
+from lmdqn.results.trackers import Trackers, accelerator_for, check_installed
+from lmdqn.results.tracking import Tracker
+from lmdqn.text.data import SPLITS, Pair, load_pairs
+from lmdqn.text.episode_log import EpisodeLog, read_log_rows
+from lmdqn.text.prompts import encode_examples
+from lmdqn.text.rewards import Reward
+
+# What may change when a run goes on: where it is kept, and how long it goes.
+FREE_KEYS = (
+    "output.",
+    "decoding.",
+    "qlearning.max_",
+    "warm_start.epochs",
+    "warm_start.max_seconds",
+    "evaluation.patience",
+)
+
+
+@dataclass
+class Parts:
+    """What a run works with."""
+
+    recipe: Recipe
+    folder: RunFolder
+    reward: Reward
+    accelerator: Accelerator
+    tracker: Tracker
+    trackers: Trackers
+    tokenizer: Any
+    rollout: Rollout
+    networks: Networks
+    examples: dict[str, list[Example]]  # by split
+    log: Sequence[list[Episode]]  # of offline learning
+
+
+def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
+    """Read and build everything, and write nothing. With several processes, none goes on before all have."""
+    check_installed(recipe.output.trackers)
+    processes = Processes(accelerator_for(recipe))
+    tracker = tracker or (Tracker() if processes.is_main else Tracker(Console(quiet=True)))
+    if processes.count > 1:
+        tracker.say(f"learning in {processes.count} processes")
+    prepared: list[Parts] = []
+    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes)))
+    return prepared[0]
+
+
+def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes) -> Parts:
+    folder = RunFolder.check(recipe.output, resume)
+    if resume and folder.recipe.exists():
+        _check_same(recipe, folder)
+    for key, count in _shared(recipe):
+        if count < processes.count:
+            raise UserError(f"{key}={count} is too few for {processes.count} processes: each needs a share")
+    reward = Reward(recipe.reward)
+    accelerator = processes.accelerator
+    pairs = {split: load_pairs(recipe.data, split, recipe.seed) for split in SPLITS}
+    loaded = load_model(recipe.model, _texts(pairs["train"]), recipe.seed, recipe.data.max_response_tokens)
+    loaded.model.to(accelerator.device)
+    examples = _encode_all(pairs, recipe.data, loaded, tracker)
+    networks = Networks.build(
+        loaded,
+        recipe.qlearning.beta,
+        recipe.seed,
+        recipe.optimisation.vocabulary_chunk_mib,
+        recipe.qlearning.value_quantiles or 1,
+        keep_first=recipe.qlearning.reference_reset_every is not None,
+    )
+    rollout = rollout_of(loaded, recipe)
+    trackers = Trackers(accelerator, recipe)
+    log = _read_log(recipe, loaded, examples["train"], tracker)
+    tokenizer = loaded.tokenizer
+    return Parts(recipe, folder, reward, accelerator, tracker, trackers, tokenizer, rollout, networks, examples, log)
+
+
+def _shared(recipe: Recipe) -> list[tuple[str, int]]:
+    """What processes share out."""
+    shared = [("rollout.prompts", recipe.rollout.prompts), ("replay.batch_groups", recipe.replay.batch_groups)]
+    if recipe.warm_start is not None:
+        shared.append(("warm_start.batch_examples", recipe.warm_start.batch_examples))
+    return shared
+
+
+def _read_log(
+    recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], tracker: Tracker
+) -> Sequence[list[Episode]]:
+    """The offline log's groups, in memory or on disk; none where the recipe has no log."""
+    offline = recipe.offline
+    if offline is None:
+        return ()
+    file, longest = Path(offline.path), recipe.data.max_response_tokens
+    rows = read_log_rows(file, offline.in_memory)
+    centre = recipe.qlearning.baseline
+    log = EpisodeLog(str(file), rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
+    needed_by = "offline.boltzmann_js_nats" if offline.boltzmann_js_nats is not None else "qlearning.importance"
+    if offline.boltzmann_js_nats is not None or recipe.qlearning.importance != "none":
+        log.check_behaviour(needed_by, offline.behaviour)
+    tracker.say(f"log: {len(rows)} episodes of {len(log)} prompts")
+    return list(log) if offline.in_memory else log
+
+
+def _check_same(recipe: Recipe, folder: RunFolder) -> None:
+    differing = [key for key in differing_keys(recipe, load_recipe(folder.recipe)) if not key.startswith(FREE_KEYS)]
+    if differing:
+        raise UserError(
+            f"the recipe is not that of the run in {folder.path}: {', '.join(differing)} differ; a resumed run may "
+            "change its output and budget alone"
+        )
+
+
+def _texts(pairs: Sequence[Pair]) -> list[str]:
+    return [text for pair in pairs for text in (pair.source, *pair.references)]
+
+
+def _encode_all(
+    pairs: dict[str, list[Pair]], data: DataSection, loaded: LoadedModel, tracker: Tracker
+) -> dict[str, list[Example]]:
+    examples: dict[str, list[Example]] = {}
+    for split, of_split in pairs.items():
+        examples[split], cuts = encode_examples(of_split, data, loaded.tokenizer, loaded.layout)
+        if cuts:
+            tracker.say(f"{split}: {cuts}")
+    sizes = ", ".join(f"{len(examples[split])} {split}" for split in SPLITS)
+    tracker.say(f"examples: {sizes}")
+    return examples
