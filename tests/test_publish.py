@@ -321,9 +321,13 @@ def test_the_public_recipe_names_no_folder(tmp_path: Path) -> None:
 
 
 EQUATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "default": ({}, ["beta log(pi(a|s)", "lambda [ y_t+1 - beta log", "log sum_a pi_0", "- y_t) / beta)^2"]),
-    "textbook": ({"form": "classic"}, ["logit of a in s", "y_t = r_t + gamma B(s_t+1)", "max_a Qbar", "- y_t))^2 / 2"]),
+    "default": ({}, ["beta log(pi(a|s)", "lambda [ y_{t+1} - beta log", "log sum_a pi_0", "- y_t) / beta)^2"]),
+    "textbook": (
+        {"form": "classic"},
+        ["logit of a in s", "y_t = r_t + gamma B(s_{t+1})", "max_a Qbar", "- y_t))^2 / 2"],
+    ),
     "path": ({"loss": "path"}, ["V(s_1) = the mean over the prompt's responses", "- R) / beta)^2"]),
+    "demonstrations": ({"supervised": 2.0}, ["on tokens of demonstrations instead 2 times -log pi(a_t|s_t)"]),
     "n-step": ({"n_step": 3}, ["y_t = the 3-step return"]),
 }
 
@@ -336,9 +340,15 @@ def test_the_card_shows_the_equations_that_were_learnt_by(kind: str) -> None:
         "test": {"start": {**phase, "distinct2": 9.0}, "dqn": phase},
         "interval": {"start": {}, "dqn": {}},
         "p_value": {"bleu": 0.5},
+        "seconds": {"dqn": 59.6, "total": 80.0},
+        "environment": {"lmdqn": "0.1", "torch": "2.13", "transformers": "5.1", "device": "an abacus"},
     }
-    card = model_card(recipe_of(qlearning=qlearning), results, 7, Published("jane/x", "main", False, True)).text
-    for part in [*expected, "7 test examples", "distinct-2 from 9.0 to 5.0", "google/flan-t5-small"]:
+    replay = {"demonstrations": 1} if "supervised" in qlearning else {}
+    card = model_card(
+        recipe_of(qlearning=qlearning, replay=replay), results, 7, Published("jane/x", "main", False, True)
+    ).text
+    how = "DQN 60 s on an abacus; lmdqn 0.1, torch 2.13, transformers 5.1."
+    for part in [*expected, "7 test examples", "distinct-2 from 9.0 to 5.0", "google/flan-t5-small", how]:
         assert part in card, part
 
 

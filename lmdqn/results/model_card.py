@@ -50,8 +50,7 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], examples: int, publis
         "## Intended use": "Responses to inputs like those of the training data, prompted as above and decoded "
         "greedily, which is what the saved generation config does and the table measures. Nothing else was evaluated.",
         "## Limits": _limits(recipe, results, examples),
-        "## Recipe": "Every setting of the run; folders and files are shown by name alone.\n\n"
-        f"```yaml\n{public_recipe(recipe)}```",
+        "## Recipe": _how_it_was_run(recipe, results),
     }
     page = "\n\n".join(f"{heading}\n\n{text}" for heading, text in sections.items())
     return ModelCard(f"---\n{_metadata(recipe, results, published).to_yaml()}\n---\n\n{page}\n")
@@ -148,11 +147,10 @@ def _opening(recipe: Recipe, published: Published) -> str:
     kind = "a LoRA adapter" if published.is_adapter else "all weights"
     if recipe.model.lora is not None and not published.is_adapter:
         kind = "a LoRA adapter, merged into the weights"
-    before = "by likelihood on the references, then " if recipe.warm_start is not None else ""
-    return (
-        f"{base}, fine-tuned {before}by token-level DQN ({kind}). The LM head is the Q-function, "
-        f"the reward is {_reward(recipe)}. Made with lmdqn."
-    )
+    how = "fine-tuned by token-level DQN"
+    if recipe.warm_start is not None:
+        how = f"first trained by likelihood on the references, then {how}"
+    return f"{base}, {how} ({kind}). The LM head is the Q-function, the reward is {_reward(recipe)}. Made with lmdqn."
 
 
 def _reward(recipe: Recipe) -> str:
@@ -167,7 +165,9 @@ def _data_name(recipe: Recipe) -> str:
 def _data(recipe: Recipe) -> str:
     data = recipe.data
     if data.hub is None:
-        return f"Local files, `{_data_name(recipe)}`: `{data.source}` to `{data.references}`."
+        prompted = "conversations" if data.conversation else f"`{data.source}` is what a model is asked with"
+        answered = f"; `{data.references}` holds what it should answer" if data.references else ""
+        return f"Local files (`{_data_name(recipe)}`), not published here: {prompted}{answered}."
     config = f", configuration `{data.hub_config}`" if data.hub_config else ""
     link = f"[{data.hub}](https://huggingface.co/datasets/{data.hub})"
     return f"{link}{config}; tested on its split `{data.splits.test}`."
@@ -192,14 +192,17 @@ def _equations(q: QLearningSection) -> str:
         lines = [f"V(s_1) = {value if q.path_value == 'group' else 'the value network of the prompt'}"]
         lines += ["loss = mean over responses of ((V(s_1) + beta sum_t log(pi / pi_0)(a_t|s_t) - R) / beta)^2 / 2"]
         return "\n".join([Q_FORMS[q.form], *lines])
-    cost = " - beta log(pi / pi_0)(a_t+1|s_t+1)" if q.backup.startswith("soft") else ""
-    target = f"r_t + gamma {{ (1 - lambda) B(s_t+1) + lambda [ y_t+1{cost} ] }}"
+    cost = " - beta log(pi / pi_0)(a_{t+1}|s_{t+1})" if q.backup.startswith("soft") else ""
+    target = f"r_t + gamma {{ (1 - lambda) B(s_{{t+1}}) + lambda [ y_{{t+1}}{cost} ] }}"
     if q.n_step is not None:
         target = f"the {q.n_step}-step return of the same rewards and costs, then B"
     elif q.trace == 0:
-        target = "r_t + gamma B(s_t+1)"
+        target = "r_t + gamma B(s_{t+1})"
     loss = f"loss = mean over response tokens of ((Q(s_t, a_t) - y_t){residual})^2 / 2"
-    return "\n".join([Q_FORMS[q.form], f"y_t = {target}", f"B(s) = {NEXT_VALUES[q.backup]}", loss])
+    lines = [Q_FORMS[q.form], f"y_t = {target}", f"B(s) = {NEXT_VALUES[q.backup]}", loss]
+    if q.supervised:
+        lines.append(f"       on tokens of demonstrations instead {q.supervised:g} times -log pi(a_t|s_t)")
+    return "\n".join(lines)
 
 
 def _results(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
@@ -212,9 +215,23 @@ def _results(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
     significance = p_value_line(results["p_value"], "mle" if "mle" in systems else "start")
     return (
         f"`{_data_name(recipe)}`, {examples} test examples, greedy decoding, one seed ({recipe.seed}); 0 to 100, "
-        "lengths in words; in brackets 95 % bootstrap intervals.\n\n"
+        "lengths in words; in brackets 95 % bootstrap intervals. Reward: the mix above times 100; distinct-2: "
+        "different word pairs over all word pairs; repeated 4-grams: those that stood earlier in the same response.\n\n"
         + _markdown(["system", *(COLUMNS[name] for name in columns)], rows)
         + f"\n\n{significance}."
+    )
+
+
+def _how_it_was_run(recipe: Recipe, results: Mapping[str, Any]) -> str:
+    """Versions, machine and time, and every setting, folded away."""
+    made = results["environment"]
+    versions = ", ".join(f"{name} {made[name]}" for name in ("lmdqn", "torch", "transformers"))
+    took = ", ".join(f"{PHASES[phase]} {s:.0f} s" for phase, s in results["seconds"].items() if phase in PHASES)
+    return (
+        f"{took} on {made['device']}; {versions}. To repeat it, save the settings as `recipe.yaml`, put the data where "
+        "`data` says and run `lmdqn train recipe.yaml`.\n\n"
+        "<details><summary>Every setting; folders and files by name alone</summary>\n\n"
+        f"```yaml\n{public_recipe(recipe)}```\n\n</details>"
     )
 
 

@@ -52,7 +52,7 @@ class Tracker:
         self._file: Path | None = None
         self._trackers: Trackers | None = None
         self._live: tuple[Progress, TaskID] | None = None
-        self._limits: tuple[str, int, float | None] = ("", 0, None)
+        self._limits: tuple[str, int, float | None] | None = None  # of the phase that is under way
         self._last_plain_s = 0.0
         self._shown: dict[str, float] = {}
 
@@ -82,14 +82,14 @@ class Tracker:
         self._limits = (name, max_steps, max_seconds)
         self._shown = {}
         self._last_plain_s = time.monotonic()
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[news]}"))
+            with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
+                self._live = progress, progress.add_task(name, total=1.0, news="")
+                yield
+        else:
             yield
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[news]}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
-            self._live = progress, progress.add_task(name, total=1.0, news="")
-            yield
-        self._live = None
+        self._limits = self._live = None
 
     def log(self, phase: str, record: dict[str, Any], write: bool = True) -> None:
         """Show a step's numbers, and write them as one line when `write` is set."""
@@ -103,6 +103,8 @@ class Tracker:
         self._show()
 
     def _show(self) -> None:
+        if self._limits is None:
+            return
         name, max_steps, max_seconds = self._limits
         step, seconds = self._shown.get("step", 0), self._shown.get("seconds", 0.0)
         done = max(step / max(1, max_steps), seconds / max_seconds if max_seconds else 0.0)
