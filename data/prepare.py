@@ -371,7 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         origin = prepare(chosen.set, chosen.copy, chosen.out, Options(chosen.history, (source, target)))
     except PrepareError as error:
-        sys.exit(f"prepare: {error}")
+        print(f"prepare: {error}", file=sys.stderr)
+        sys.exit(2)
     sizes = ", ".join(f"{count} {split}" for split, count in origin["examples"].items())
     print(f"{chosen.out}: {sizes}; licence: {origin['licence']}")
 

@@ -190,7 +190,8 @@ def test_what_cannot_be_prepared_leaves_nothing(copy: Path, capsys: pytest.Captu
     def refusal(name: str = "samsum") -> str:
         with pytest.raises(SystemExit) as stopped:
             prepared(name, copy)
-        return str(stopped.value)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.strip()
 
     assert "has no files of the test split" in refusal()
     for split in ("train", "validation", "test"):
