@@ -59,7 +59,8 @@ def test_rows_become_groups_by_prompt(suffix: str, in_memory: bool, byte_tokeniz
 
 def test_what_is_written_is_read_again(byte_tokenizer: Any, tmp_path: Path) -> None:
     example = Example("one", (), tuple(byte_tokenizer("one\n").input_ids), (), "one\n")
-    episodes = [Episode(example, [7, 8, 2], False, 0, text="ab", reward=0.25), Episode(example, [9], True, 0, text="c")]
+    ab, c = [*byte_tokenizer("ab").input_ids, 2], byte_tokenizer("c").input_ids
+    episodes = [Episode(example, ab, False, 0, text="ab", reward=0.25), Episode(example, c, True, 0, text="c")]
     episodes[0].behaviour_log_probs = torch.tensor([-0.5, -0.25, -1.0])
     write_log(tmp_path / "log.jsonl", episodes)
     again = open_log(tmp_path / "log.jsonl", byte_tokenizer, examples=[example])[0]
@@ -91,6 +92,7 @@ def test_a_long_response_is_cut_and_no_longer_terminal(byte_tokenizer: Any, tmp_
         ({"behaviour_log_probs": [-1.0]}, ["row 2", "behaviour_log_probs", "3 numbers"]),
         ({"behaviour_log_probs": [-1.0, 0.5, -1.0]}, ["row 2", "at most 0"]),
         ({"response_ids": [99999]}, ["row 2", "response_ids"]),
+        ({"response_ids": [70, 71, 2]}, ["row 2", "do not spell the response", "the model that wrote the log"]),
     ],
 )
 def test_a_row_that_is_no_episode_is_named(

@@ -87,13 +87,21 @@ class EpisodeLog(Sequence[list[Episode]]):
     def _episode(self, i: int, group: int) -> Episode:
         row, where = self.rows[i], self._where(i)
         response = _text(row, "response", where)
-        ids = row.get("response_ids")
+        logged = ids = row.get("response_ids")
         truncated = bool(row.get("truncated") or False)
         if ids is None:
             ids = list(self.tokenizer(text_target=response, add_special_tokens=False).input_ids)
             ids += [] if truncated else [self.layout.eos_ids[0]]
         if not ids or not all(isinstance(token, int) and 0 <= token < len(self.tokenizer) for token in ids):
-            raise UserError(f"{where}: response_ids must be a list of at least one of this model's token ids")
+            raise UserError(
+                f"{where}: response_ids must be a list of at least one of this model's token ids; leave it and "
+                "behaviour_log_probs out of the log where another model wrote it"
+            )
+        if logged and _letters(self.tokenizer.decode(ids, skip_special_tokens=True)) != _letters(response):
+            raise UserError(
+                f"{where}: response_ids do not spell the response in this model's tokens: train the model that wrote "
+                "the log, or leave response_ids and behaviour_log_probs out of it"
+            )
         behaviour = row.get("behaviour_log_probs")
         if behaviour is not None and (len(behaviour) != len(ids) or not all(map(_is_log_prob, behaviour))):
             raise UserError(
@@ -155,6 +163,11 @@ def _as_row(episode: Episode) -> Row:
     if episode.behaviour_log_probs is not None:
         row["behaviour_log_probs"] = [round(x, 6) for x in episode.behaviour_log_probs.tolist()]
     return row | {"response_ids": episode.response_ids, "truncated": episode.truncated}
+
+
+def _letters(text: str) -> str:
+    """Without white space, which tokenizers and logs keep differently."""
+    return "".join(text.split())
 
 
 def _text(row: Row, name: str, where: str) -> str:
