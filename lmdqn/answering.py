@@ -13,12 +13,12 @@ from lmdqn.model.loading import LoadedModel, hidden_size, load_trained
 from lmdqn.model.qnetwork import QNetwork, ValueHead, load_value_head
 from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import Recipe, load_recipe
-from lmdqn.results.evaluate import Evaluation, score_responses
+from lmdqn.results.evaluate import Evaluation, score_tasks
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.trackers import accelerator_for
 from lmdqn.text.data import Pair, load_pairs, source_alone
 from lmdqn.text.prompts import encode_examples
-from lmdqn.text.rewards import Reward
+from lmdqn.text.rewards import TaskRewards
 
 
 def evaluate(
@@ -26,13 +26,15 @@ def evaluate(
 ) -> tuple[Evaluation, list[Example]]:
     """Score a run's model, or any model by name or folder, on a split of the recipe's data (a run brings its own).
 
+    Of a recipe with several tasks, all of them: `recipe.for_task(name)` is one alone.
+
     Raises:
         UserError: no such run or model, or a bare model without a recipe that says on what to evaluate it.
     """
     loaded, recipe = load_for_use(run_or_model, recipe)
     examples = _encoded_split(loaded, recipe, split)
     texts = decoder(run_or_model, loaded, recipe)(examples)
-    return score_responses(texts, examples, Reward(recipe.reward)), examples
+    return score_tasks(texts, examples, TaskRewards(recipe.every_task), recipe.task_weights), examples
 
 
 def generate(run_or_model: str | Path, sources: Sequence[str], recipe: Recipe | None = None) -> list[str]:
@@ -47,7 +49,7 @@ def responses(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, pai
     decode = decoder(run_or_model, loaded, recipe)
     for start in range(0, len(pairs), at_once):
         batch = pairs[start : start + at_once]
-        examples, _ = encode_examples(batch, recipe.data, loaded.tokenizer, loaded.layout)
+        examples, _ = encode_examples(batch, recipe.only_task.data, loaded.tokenizer, loaded.layout)
         yield from decode(examples)
 
 
@@ -94,7 +96,7 @@ def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: 
     network.to(accelerator_for(recipe).device)
     samples, groups = recipe.rollout.samples, range(len(examples))
     episodes = rollout_of(loaded, recipe).sample(network, examples, samples, exploration, recipe.seed, groups)
-    Reward(recipe.reward).score(episodes)
+    TaskRewards(recipe.every_task).score(episodes)
     return episodes
 
 
@@ -117,19 +119,24 @@ def load_for_use(run_or_model: str | Path, recipe: Recipe | None) -> tuple[Loade
 
 def load_on_device(name: str, recipe: Recipe) -> LoadedModel:
     """A trained model, by folder or name, where the recipe's work is done."""
-    loaded = load_trained(name, recipe.model, recipe.data.max_response_tokens)
+    loaded = load_trained(name, recipe.model, recipe.max_response_tokens)
     loaded.model.to(accelerator_for(recipe).device)
     return loaded
 
 
 def rollout_of(loaded: LoadedModel, recipe: Recipe) -> Rollout:
     """What decodes responses with a recipe's model."""
-    return Rollout(loaded.layout, loaded.tokenizer, recipe.data.max_response_tokens, recipe.evaluation.batch_examples)
+    limits = {name: task.data.max_response_tokens for name, task in recipe.every_task.items()}
+    at_once = recipe.evaluation.batch_examples
+    return Rollout(loaded.layout, loaded.tokenizer, recipe.max_response_tokens, at_once, limits)
 
 
 def _encoded_split(loaded: LoadedModel, recipe: Recipe, split: str) -> list[Example]:
-    pairs = load_pairs(recipe.data, split, recipe.seed)
-    return encode_examples(pairs, recipe.data, loaded.tokenizer, loaded.layout)[0]
+    examples = []
+    for name, task in recipe.every_task.items():
+        pairs = load_pairs(task.data, split, recipe.seed)
+        examples += encode_examples(pairs, task.data, loaded.tokenizer, loaded.layout, name)[0]
+    return examples
 
 
 def answer_line(pair: Pair, response: str, file: Path) -> str:

@@ -34,7 +34,7 @@ class Chat:
         self.loaded = loaded
         self.turns: list[tuple[str, str]] = []  # (role, text)
         self.answered: Pair | None = None  # what the last response answered
-        data = recipe.data
+        data = recipe.only_task.data
         self._remembers = data.conversation is not None or (data.chat and data.prompt is None)
         self._history = data.conversation.history if data.conversation is not None else None
         context = loaded.layout.context_tokens
@@ -42,6 +42,7 @@ class Chat:
             taken = 0 if loaded.layout.is_seq2seq else data.max_response_tokens
             data = data.model_copy(update={"max_prompt_tokens": context - taken, "cut": "start"})
         self.recipe = recipe.model_copy(update={"data": data})
+        self._data = data
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -58,7 +59,7 @@ class Chat:
         pair = source_alone(text)
         if self._remembers:
             pair = Pair("\n".join(said for _, said in turns), (), {}, tuple(turns))
-        (example,), _ = encode_examples([pair], self.recipe.data, self.loaded.tokenizer, self.loaded.layout)
+        (example,), _ = encode_examples([pair], self._data, self.loaded.tokenizer, self.loaded.layout)
         model = self.loaded.model
         ids = torch.tensor([example.prompt_ids], device=next(model.parameters()).device)  # (1, prompt)
         with torch.no_grad():

@@ -25,6 +25,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     reference_ids: tuple[tuple[int, ...], ...]  # each ends in EOS, unless it was cut at the length limit
     prompt: str
+    task: str = ""  # its name, where the recipe has several
 
 
 @dataclass

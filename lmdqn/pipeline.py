@@ -19,7 +19,7 @@ from lmdqn.model.loading import load_trained
 from lmdqn.model.qnetwork import QNetwork
 from lmdqn.preparation import Parts, prepare
 from lmdqn.recipe import Recipe
-from lmdqn.results.evaluate import Evaluation, score_responses
+from lmdqn.results.evaluate import Evaluation, score_tasks
 from lmdqn.results.report import write_report
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import paired_significance
@@ -37,6 +37,7 @@ class RunResult:
     seconds: dict[str, float]  # by phase
     examples: list[Example]  # the test split
     is_main: bool = True  # of several processes, the one that writes and speaks
+    task_p_values: dict[str, dict[str, float]] = field(default_factory=dict)  # as p_value, of each of several tasks
 
 
 def train(recipe: Recipe, tracker: Tracker | None = None, resume: bool = False) -> RunResult:
@@ -81,7 +82,7 @@ def _learn(run: "_Run", saved: State | None) -> None:
     if saved is None or saved["phase"] != "dqn":
         run.on_main(run.save_reference)
     trainer = Trainer(
-        recipe, networks, parts.rollout, lessons, parts.reward, parts.accelerator, parts.tracker, parts.log
+        recipe, networks, parts.rollout, lessons, parts.rewards, parts.accelerator, parts.tracker, parts.log
     )
     after_step = run.follow("dqn", trainer, saved)
     run.seconds["dqn"] = trainer.run(run.validate, after_step, run.best_state)
@@ -96,11 +97,14 @@ def _conclude(run: "_Run") -> RunResult:
     results["dqn"] = run.test_saved()
     before = "mle" if "mle" in results else "start"
     references = [example.references for example in examples]
-    significance = paired_significance(results, before, references, parts.recipe.evaluation.bootstrap_samples)
+    resamples, weights = parts.recipe.evaluation.bootstrap_samples, parts.recipe.task_weights
+    significance = paired_significance(results, before, references, resamples, weights=weights)
     seconds["total"] = run.elapsed_s
     run.on_main(lambda: folder.save_results(results, significance, seconds, examples))
     run.on_main(lambda: write_report(folder.path))
-    return RunResult(folder, results, significance.p_value["dqn"], seconds, examples, run.processes.is_main)
+    p_value, is_main = significance.p_value["dqn"], run.processes.is_main
+    of_tasks = {task: of_task.p_value["dqn"] for task, of_task in significance.tasks.items()}
+    return RunResult(folder, results, p_value, seconds, examples, is_main, of_tasks)
 
 
 @dataclass
@@ -143,7 +147,7 @@ class _Run:
             self._write_metrics(0)
             return None
         saved = self.checkpoints.read(name)
-        self.results = {phase: Evaluation(**evaluation) for phase, evaluation in saved["results"].items()}
+        self.results = {phase: Evaluation.of(evaluation) for phase, evaluation in saved["results"].items()}
         self.seconds, self.best = saved["seconds"], saved["best"]
         self._began_s -= saved["elapsed_s"]
         self._write_metrics(saved["metrics_bytes"])
@@ -245,17 +249,19 @@ class _Run:
 
     def test_saved(self) -> Evaluation:
         """Evaluate, on the test split, what the folder holds: the proof that it loads and answers."""
-        saved = load_trained(
-            self.parts.folder.model, self.parts.recipe.model, self.parts.recipe.data.max_response_tokens
-        )
+        saved = load_trained(self.parts.folder.model, self.parts.recipe.model, self.parts.recipe.max_response_tokens)
         with self.parts.accelerator.autocast():
             return self._scored(saved.model.to(self.parts.accelerator.device), "test")
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the target network on the validation split."""
+        """Metrics of the target network on the validation split; of several tasks their mean, and each one's own."""
         evaluation = self._evaluate(self.parts.networks.target, "validation")
         self.parts.trackers.show(_samples(self.parts.examples["validation"], evaluation.responses))
-        return evaluation.metrics
+        return evaluation.metrics | {
+            f"{task}_{metric}": value
+            for task, of_task in evaluation.tasks.items()
+            for metric, value in of_task.metrics.items()
+        }
 
     def _evaluate(self, network: QNetwork, split: str) -> Evaluation:
         with network.active() as model, self.parts.accelerator.autocast():
@@ -263,10 +269,10 @@ class _Run:
 
     def _scored(self, model: Any, split: str) -> Evaluation:
         """Each process answers its share; the main one scores the whole."""
-        examples = self.parts.examples[split]
+        examples, weights = self.parts.examples[split], self.parts.recipe.task_weights
         mine = self.processes.share(examples)
         responses = self.processes.gather(lambda: self.parts.rollout.greedy(model, mine))
-        return self.processes.on_main(lambda: score_responses(responses, examples, self.parts.reward))
+        return self.processes.on_main(lambda: score_tasks(responses, examples, self.parts.rewards, weights))
 
 
 def _samples(examples: Sequence[Example], responses: Sequence[str]) -> list[Sample]:

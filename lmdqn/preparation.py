@@ -22,7 +22,7 @@ from lmdqn.results.tracking import Tracker
 from lmdqn.text.data import SPLITS, Pair, load_pairs
 from lmdqn.text.episode_log import EpisodeLog, read_log_rows
 from lmdqn.text.prompts import encode_examples
-from lmdqn.text.rewards import Reward
+from lmdqn.text.rewards import TaskRewards
 
 # What may change when a run goes on: where it is kept, and how long it goes.
 FREE_KEYS = (
@@ -41,14 +41,14 @@ class Parts:
 
     recipe: Recipe
     folder: RunFolder
-    reward: Reward
+    rewards: TaskRewards
     accelerator: Accelerator
     tracker: Tracker
     trackers: Trackers
     tokenizer: Any
     rollout: Rollout
     networks: Networks
-    examples: dict[str, list[Example]]  # by split
+    examples: dict[str, list[Example]]  # by split, those of several tasks one after the other
     log: Sequence[list[Episode]]  # of offline learning
 
 
@@ -71,12 +71,19 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     for key, count in _shared(recipe):
         if count < processes.count:
             raise UserError(f"{key}={count} is too few for {processes.count} processes: each needs a share")
-    reward = Reward(recipe.reward)
+    rewards = TaskRewards(recipe.every_task)
     accelerator = processes.accelerator
-    pairs = {split: load_pairs(recipe.data, split, recipe.seed) for split in SPLITS}
-    loaded = load_model(recipe.model, _texts(pairs["train"]), recipe.seed, recipe.data.max_response_tokens)
+    pairs = {
+        name: {split: load_pairs(task.data, split, recipe.seed) for split in SPLITS}
+        for name, task in recipe.every_task.items()
+    }
+    texts = [text for of_task in pairs.values() for text in _texts(of_task["train"])]
+    loaded = load_model(recipe.model, texts, recipe.seed, recipe.max_response_tokens)
     loaded.model.to(accelerator.device)
-    examples = _encode_all(pairs, recipe.data, loaded, tracker)
+    examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for name, task in recipe.every_task.items():
+        for split, encoded in _encode_all(pairs[name], task.data, loaded, tracker, name).items():
+            examples[split] += encoded
     networks = Networks.build(
         loaded,
         recipe.qlearning.beta,
@@ -89,7 +96,7 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     trackers = Trackers(accelerator, recipe)
     log = _read_log(recipe, loaded, examples["train"], tracker)
     tokenizer = loaded.tokenizer
-    return Parts(recipe, folder, reward, accelerator, tracker, trackers, tokenizer, rollout, networks, examples, log)
+    return Parts(recipe, folder, rewards, accelerator, tracker, trackers, tokenizer, rollout, networks, examples, log)
 
 
 def _shared(recipe: Recipe) -> list[tuple[str, int]]:
@@ -107,7 +114,7 @@ def _read_log(
     offline = recipe.offline
     if offline is None:
         return ()
-    file, longest = Path(offline.path), recipe.data.max_response_tokens
+    file, longest = Path(offline.path), recipe.max_response_tokens
     rows = read_log_rows(file, offline.in_memory)
     centre = recipe.qlearning.baseline
     log = EpisodeLog(str(file), rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
@@ -132,13 +139,14 @@ def _texts(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _encode_all(
-    pairs: dict[str, list[Pair]], data: DataSection, loaded: LoadedModel, tracker: Tracker
+    pairs: dict[str, list[Pair]], data: DataSection, loaded: LoadedModel, tracker: Tracker, task: str
 ) -> dict[str, list[Example]]:
     examples: dict[str, list[Example]] = {}
+    of_task = f"{task}, " if task else ""
     for split, of_split in pairs.items():
-        examples[split], cuts = encode_examples(of_split, data, loaded.tokenizer, loaded.layout)
+        examples[split], cuts = encode_examples(of_split, data, loaded.tokenizer, loaded.layout, task)
         if cuts:
-            tracker.say(f"{split}: {cuts}")
+            tracker.say(f"{of_task}{split}: {cuts}")
     sizes = ", ".join(f"{len(examples[split])} {split}" for split in SPLITS)
-    tracker.say(f"examples: {sizes}")
+    tracker.say(f"{of_task}examples: {sizes}")
     return examples

@@ -36,7 +36,7 @@ def write_recipe(tmp_path: Path) -> Callable[[Any], Path]:
 
     def write(tree: Any) -> Path:
         file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+        file.write_text(yaml.safe_dump(tree, allow_unicode=True, sort_keys=False), encoding="utf-8")
         return file
 
     return write
@@ -67,7 +67,7 @@ def finished_run(tmp_path: Path) -> Callable[..., Path]:
         folder.begin(recipe)
         examples = [Example(source, (source, f"{source} indeed"), (1,), ((2,),), source) for source in sources]
         responses = {"start": [""] * len(sources), "mle": ["the cat sat on a hill"] * len(sources), "dqn": list(dqn)}
-        reward = Reward(recipe.reward)
+        reward = Reward(recipe.only_task.reward)
         test = {phase: score_responses(texts, examples, reward) for phase, texts in responses.items()}
         significance = paired_significance(test, "mle", [e.references for e in examples], 100)
         folder.save_results(test, significance, {"mle": 61.0, "dqn": 120.0, "total": 7200.0}, examples)

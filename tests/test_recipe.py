@@ -224,8 +224,8 @@ def test_overrides_change_nested_values_and_the_last_one_counts(write_recipe: Wr
     file = write_recipe({**SMALLEST, "qlearning": {"beta": 0.5, "gamma": 0.9}})
     recipe = load_recipe(file, ["qlearning.beta=0.25", "data.limits.train=7", "seed=3", "seed=4"])
     assert (recipe.qlearning.beta, recipe.qlearning.gamma) == (0.25, 0.9)
-    assert recipe.data.limits.train == 7
-    assert recipe.data.path == "folder"
+    assert recipe.only_task.data.limits.train == 7
+    assert recipe.only_task.data.path == "folder"
     assert recipe.seed == 4
 
 
@@ -233,8 +233,8 @@ def test_overrides_create_sections(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(SMALLEST), ["warm_start.epochs=2", "data.conversation.history=3"])
     assert recipe.warm_start is not None
     assert recipe.warm_start.epochs == 2
-    assert recipe.data.conversation is not None
-    assert recipe.data.conversation.history == 3
+    assert recipe.only_task.data.conversation is not None
+    assert recipe.only_task.data.conversation.history == 3
 
 
 def test_override_null_drops_a_section(write_recipe: WriteRecipe) -> None:
@@ -247,7 +247,7 @@ def test_exponents_without_a_point_are_numbers(write_recipe: WriteRecipe) -> Non
     """YAML 1.1 takes 1e-4 for text."""
     recipe = load_recipe(write_recipe(SMALLEST), ["optimisation.learning_rate=1e-4", "reward.mix.bleu=1e0"])
     assert recipe.optimisation.learning_rate == 0.0001
-    assert recipe.reward.mix == {"bleu": 1.0}
+    assert recipe.only_task.reward.mix == {"bleu": 1.0}
 
 
 def test_exponents_are_numbers_in_free_form_settings_too(write_recipe: WriteRecipe) -> None:
@@ -258,12 +258,12 @@ def test_exponents_are_numbers_in_free_form_settings_too(write_recipe: WriteReci
 
 def test_values_may_hold_equals_signs(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(SMALLEST), ["data.prompt='a=b: {source}'"])
-    assert recipe.data.prompt == "a=b: {source}"
+    assert recipe.only_task.data.prompt == "a=b: {source}"
 
 
 def test_override_names_a_reward_of_the_users_own(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(SMALLEST), ["reward.mix.my_rewards:polite=0.25"])
-    assert recipe.reward.mix == {"my_rewards:polite": 0.25}
+    assert recipe.only_task.reward.mix == {"my_rewards:polite": 0.25}
 
 
 def test_keys_that_other_tools_may_rely_on(write_recipe: WriteRecipe) -> None:
@@ -272,7 +272,7 @@ def test_keys_that_other_tools_may_rely_on(write_recipe: WriteRecipe) -> None:
         ["seed=11", "data.path=there", "output.dir=runs/new", "qlearning.max_steps=12", "qlearning.max_seconds=1.5"],
     )
     assert recipe.seed == 11
-    assert recipe.data.path == "there"
+    assert recipe.only_task.data.path == "there"
     assert recipe.output.dir == "runs/new"
     assert recipe.qlearning.max_steps == 12
     assert recipe.qlearning.max_seconds == 1.5

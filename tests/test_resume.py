@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import lmdqn
 from lmdqn.errors import Stopped, UserError
-from lmdqn.recipe import dump_recipe, load_recipe
+from lmdqn.recipe import dump_recipe, load_recipe, validate
 from lmdqn.results.tracking import Tracker
 from tests.runs import Listening, contents
 
@@ -137,6 +137,23 @@ def test_an_adapter_goes_on_too(recipe: Callable[..., lmdqn.Recipe], tree: Calla
     assert all("lora_" in name for name in weights)
 
 
+def test_several_tasks_go_on_too(tree: Callable[..., dict[str, Any]]) -> None:
+    """Each task's own walk and running baseline, in MLE and in DQN."""
+
+    def of_tasks(name: str) -> lmdqn.Recipe:
+        built = tree(name, qlearning={"baseline": "running"}, replay={"fresh_share": 0.5})
+        data = built.pop("data")
+        weighted = {"data": {**data, "prompt": "again {source}"}, "reward": {"mix": {"rouge1": 1.0}}, "weight": 0.7}
+        return validate({**built, "tasks": {"first": {"data": data}, "second": weighted}}, "test")
+
+    straight, often = of_tasks("straight"), of_tasks("often")
+    lmdqn.train(straight)
+    stopped(often, "mle", 3)
+    stopped(often, "dqn", 3, resume=True)
+    lmdqn.train(often, resume=True)
+    assert_equal(Path(straight.output.dir), Path(often.output.dir))
+
+
 # --- which checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -203,8 +220,8 @@ def test_another_recipe_is_refused_by_its_keys(halted: lmdqn.Recipe, recipe: Cal
 
 
 def test_other_data_are_refused(halted: lmdqn.Recipe) -> None:
-    assert halted.data.path is not None
-    train = Path(halted.data.path) / "train.jsonl"
+    assert halted.only_task.data.path is not None
+    train = Path(halted.only_task.data.path) / "train.jsonl"
     train.write_text("".join(train.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match="training data are not those of"):
         lmdqn.train(halted, resume=True)

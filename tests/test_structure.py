@@ -20,6 +20,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.recipe.offline",
         "lmdqn.recipe.qlearning",
         "lmdqn.recipe.learning",
+        "lmdqn.recipe.tasks",
     ],
     ["lmdqn.recipe.recipe", "lmdqn.recipe.reading", "lmdqn.shipped", "lmdqn.episodes"],
     [

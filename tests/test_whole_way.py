@@ -159,7 +159,7 @@ def test_the_runs_folder_keeps_its_contract(causal_run: Path, farm: Path) -> Non
         "recipe.yaml", "metrics.jsonl", "results.json", "predictions.jsonl", "calibration.parquet", "report.html",
         "model", "last", "reference", "checkpoints",
     }  # fmt: skip
-    assert load_recipe(causal_run / "recipe.yaml").data.path == str(farm)
+    assert load_recipe(causal_run / "recipe.yaml").only_task.data.path == str(farm)
     results = json.loads((causal_run / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {"test", "interval", "p_value", "seconds", "environment"}
     for phase in ("start", "mle", "dqn"):

@@ -24,6 +24,9 @@ ForModel = Annotated[
 ]
 
 
+OfTask = Annotated[str | None, typer.Option("--task", help="Of a recipe with several tasks, this one alone.")]
+
+
 def load(recipe: str, overrides: list[str] | None) -> "Recipe":
     """A recipe by file or shipped name, overridden and validated."""
     from lmdqn.recipe import load_recipe
@@ -32,12 +35,18 @@ def load(recipe: str, overrides: list[str] | None) -> "Recipe":
     return load_recipe(find_recipe(recipe), overrides or [])
 
 
-def load_for_model(run_or_model: str, recipe: str | None, overrides: list[str] | None) -> "Recipe | None":
-    """The given recipe, else the run's own, with overrides; None for a bare model without a recipe."""
+def load_for_model(
+    run_or_model: str, recipe: str | None, overrides: list[str] | None, task: str | None = None
+) -> "Recipe | None":
+    """The given recipe, else the run's own, with overrides, of one task alone where it is named.
+
+    None for a bare model without a recipe.
+    """
     own = Path(run_or_model) / "recipe.yaml"
     if recipe is None and not own.exists():
         return None
-    return load(recipe or str(own), overrides)
+    loaded = load(recipe or str(own), overrides)
+    return loaded if task is None else loaded.for_task(task)
 
 
 def quiet_transformers() -> None:

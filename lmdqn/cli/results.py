@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lmdqn.cli.common import Overrides, console, load_for_model, quiet_transformers
+from lmdqn.cli.common import OfTask, Overrides, console, load_for_model, quiet_transformers
 from lmdqn.errors import UserError
 
 commands = typer.Typer()
@@ -34,6 +34,7 @@ def compare(
     ] = "bootstrap",
     samples: Annotated[int, typer.Option(min=100, help="Resamples, or trials.")] = 1000,
     output: Annotated[Path | None, typer.Option(help="Also write an HTML page, with plots and responses.")] = None,
+    task: OfTask = None,
 ) -> None:
     """Compare runs on the same test sources, with paired significance.
 
@@ -43,7 +44,7 @@ def compare(
     from lmdqn.results.compare import compare_runs, comparison_table, write_comparison
     from lmdqn.results.tables import show
 
-    comparison = compare_runs(runs, metric, test, samples)
+    comparison = compare_runs(runs, metric, test, samples, task)
     show(console(), comparison_table(comparison), *([comparison.note] if comparison.note else []))
     if output is not None:
         write_comparison(comparison, output)
@@ -67,6 +68,7 @@ def inspect(
     limit: Annotated[int, typer.Option(min=1, help="With --data: how many.")] = 5,
     top: Annotated[int, typer.Option(min=1, help="The likeliest tokens of either policy that are shown.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Write an HTML page instead.")] = None,
+    task: OfTask = None,
 ) -> None:
     """Show what each token of a response was worth: its advantage, the value's course, and what else there was."""
     quiet_transformers()
@@ -74,7 +76,7 @@ def inspect(
     from lmdqn.results.inspection_view import caveat, full_colour, terminal_parts, write_inspection
     from lmdqn.results.tables import show
 
-    recipe = load_for_model(run, None, overrides)
+    recipe = load_for_model(run, None, overrides, task)
     if recipe is None:
         raise UserError(f"{run} is no run of lmdqn: it has no recipe.yaml")
     inspected = inspect_run(run, pairs_to_inspect(recipe, prompt or [], reference or [], data, limit), recipe, top)

@@ -65,17 +65,19 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from lmdqn.results.trackers import check_installed
     from lmdqn.text.data import SPLITS, load_pairs
     from lmdqn.text.episode_log import read_log_rows
-    from lmdqn.text.rewards import Reward
+    from lmdqn.text.rewards import TaskRewards
 
     typer.echo(dump_recipe(resolved))
     RunFolder.check(resolved.output)
     check_installed(resolved.output.trackers)
-    Reward(resolved.reward)
-    if resolved.data.hub is not None:
-        typer.echo(f"data: {resolved.data.hub} is on the hub and was not looked at")
-    else:
-        sizes = [f"{len(load_pairs(resolved.data, split, resolved.seed))} {split}" for split in SPLITS]
-        typer.echo(f"data: {', '.join(sizes)}")
+    TaskRewards(resolved.every_task)
+    for name, task in resolved.every_task.items():
+        what = f"{name}: data" if name else "data"
+        if task.data.hub is not None:
+            typer.echo(f"{what}: {task.data.hub} is on the hub and was not looked at")
+            continue
+        sizes = [f"{len(load_pairs(task.data, split, resolved.seed))} {split}" for split in SPLITS]
+        typer.echo(f"{what}: {', '.join(sizes)}")
     if resolved.offline is not None:
         rows = read_log_rows(Path(resolved.offline.path), resolved.offline.in_memory)
         typer.echo(f"log: {len(rows)} episodes")
@@ -91,13 +93,15 @@ def _show_run(result: "RunResult", recipe: "Recipe", samples: int) -> None:
     if not result.is_main:
         return
     from lmdqn.results.report import kept_step
-    from lmdqn.results.tables import p_value_line, results_table, samples_table, show
+    from lmdqn.results.tables import p_value_line, result_tables, samples_table, show
 
     before = "mle" if "mle" in result.test else "start"
     examples = result.examples
     title = f"{len(examples)} test examples, greedy decoding"
     terminal = console()
-    show(terminal, results_table(result.test, title), p_value_line(result.p_value, before))
+    show(terminal, *result_tables(result.test, title), p_value_line(result.p_value, before))
+    for task, p_value in result.task_p_values.items():
+        show(terminal, f"{task}: {p_value_line(p_value, before)}")
     if samples:
         rows = [i * len(examples) // samples for i in range(samples)]
         show(terminal, samples_table(result.test, examples, rows))

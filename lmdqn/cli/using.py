@@ -5,11 +5,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from lmdqn.cli.common import ForModel, Overrides, RunOrModel, console, load_for_model, progress, quiet_transformers
+from lmdqn.cli.common import (
+    ForModel,
+    OfTask,
+    Overrides,
+    RunOrModel,
+    console,
+    load_for_model,
+    progress,
+    quiet_transformers,
+)
 from lmdqn.errors import UserError
 
 commands = typer.Typer()
@@ -22,18 +31,22 @@ def evaluate(
     recipe: ForModel = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which split.")] = "test",
     output: Annotated[Path | None, typer.Option(help="Also write metrics and responses to this JSON file.")] = None,
+    task: OfTask = None,
 ) -> None:
     """Score a run's model, or any model, with greedy decoding and every metric."""
-    resolved = load_for_model(run_or_model, recipe, overrides)
+    resolved = load_for_model(run_or_model, recipe, overrides, task)
     quiet_transformers()
     from lmdqn import answering
-    from lmdqn.results.tables import results_table, show
+    from lmdqn.results.tables import result_tables, show
     from lmdqn.whole_files import write_whole
 
     evaluation, examples = answering.evaluate(run_or_model, resolved, split)
-    show(console(), results_table({Path(run_or_model).name: evaluation}, f"{len(examples)} {split} examples"))
+    name = Path(run_or_model).name
+    show(console(), *result_tables({name: evaluation}, f"{len(examples)} {split} examples"))
     if output is not None:
-        result = {"metrics": evaluation.metrics, "responses": evaluation.responses}
+        result: dict[str, Any] = {"metrics": evaluation.metrics, "responses": evaluation.responses}
+        if evaluation.tasks:
+            result["tasks"] = {name: of_task.metrics for name, of_task in evaluation.tasks.items()}
         write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -50,9 +63,10 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     recipe: ForModel = None,
+    task: OfTask = None,
 ) -> None:
     """Print or write a response for each source, decoded as `decoding` says."""
-    resolved = load_for_model(run_or_model, recipe, overrides)
+    resolved = load_for_model(run_or_model, recipe, overrides, task)
     quiet_transformers()
     from lmdqn import answering
     from lmdqn.recipe import DataSection
@@ -63,7 +77,7 @@ def generate(
     if str(input) == "-":
         pairs += [source_alone(line.strip()) for line in sys.stdin if line.strip()]
     elif input is not None:
-        pairs += read_sources(input, resolved.data if resolved is not None else DataSection())
+        pairs += read_sources(input, resolved.only_task.data if resolved is not None else DataSection())
     if not pairs:
         raise UserError("nothing to respond to: give --source TEXT or --input FILE")
     if output is not None and output.exists() and not overwrite:
@@ -76,9 +90,9 @@ def generate(
 
 
 @commands.command()
-def chat(run_or_model: RunOrModel, overrides: Overrides = None, recipe: ForModel = None) -> None:
+def chat(run_or_model: RunOrModel, overrides: Overrides = None, recipe: ForModel = None, task: OfTask = None) -> None:
     """Talk to a run's model; its responses stream. /values shows each token's advantage, /reset forgets the turns."""
-    resolved = load_for_model(run_or_model, recipe, overrides)
+    resolved = load_for_model(run_or_model, recipe, overrides, task)
     quiet_transformers()
     from lmdqn.answering import load_for_use
     from lmdqn.chat import COMMANDS, Chat, converse
@@ -96,9 +110,10 @@ def log(
     overrides: Overrides = None,
     recipe: ForModel = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Whose prompts.")] = "train",
+    task: OfTask = None,
 ) -> None:
     """Sample responses as the recipe's rollouts would, score them and write them down, for offline learning."""
-    resolved = load_for_model(run_or_model, recipe, overrides)
+    resolved = load_for_model(run_or_model, recipe, overrides, task)
     if output.exists():
         raise UserError(f"{output} is already there: choose another name")
     quiet_transformers()

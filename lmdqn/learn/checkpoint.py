@@ -27,7 +27,7 @@ from lmdqn.whole_files import swap_in, write_link
 State = dict[str, Any]
 AfterStep = Callable[[int, bool, bool], None]  # (step, last of its phase, best so far on validation)
 TENSORS, REST, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class BrokenCheckpointError(Exception):

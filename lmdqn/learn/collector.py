@@ -13,13 +13,13 @@ from lmdqn.episodes import Episode, Example, demonstration
 from lmdqn.learn.checkpoint import pack_episodes, unpack_episodes
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.learn.processes import Processes
-from lmdqn.learn.prompt_draw import walk
+from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.learn.replay import Group
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import Networks
 from lmdqn.model.rollout import Rollout, measure_log_probs
 from lmdqn.recipe import Recipe
-from lmdqn.text.rewards import Reward
+from lmdqn.text.rewards import TaskRewards
 
 
 class Prompt(NamedTuple):
@@ -38,13 +38,21 @@ class Collector:
     networks: Networks
     rollout: Rollout
     examples: Sequence[Example]
-    reward: Reward
+    reward: TaskRewards
     accelerator: Accelerator
     processes: Processes
     prompt_generator: torch.Generator
     groups_made: int = field(init=False, default=0)
-    _prompt_order: list[int] = field(init=False, default_factory=list)
-    _running_reward: float | None = field(init=False, default=None)
+    _walk: ExampleWalk = field(init=False)
+    _running_rewards: dict[str, float] = field(init=False, default_factory=dict)  # by task
+
+    def __post_init__(self) -> None:
+        self._walk = ExampleWalk(
+            self.examples,
+            self.recipe.task_weights,
+            self.recipe.rollout.prompt_draw,
+            self.prompt_generator,
+        )
 
     def new_groups(self, exploration: Exploration) -> list[Group]:
         """Roll out the next prompts, add demonstrations, score and centre: whole groups, ready for the replay.
@@ -54,9 +62,10 @@ class Collector:
         Raises:
             NotFinite: logits or rewards are not finite.
         """
+        drawn = [self.examples[number] for number in self._walk.next(self.recipe.rollout.prompts)]
         prompts = [
             Prompt(example, group, self._reference_numbers(example))
-            for group, example in enumerate(self._next_examples(self.recipe.rollout.prompts), start=self.groups_made)
+            for group, example in enumerate(drawn, start=self.groups_made)
         ]
         self.groups_made += len(prompts)
         mine = self.processes.share(prompts)
@@ -112,23 +121,15 @@ class Collector:
         """Where in the walk over the prompts it stands, for a checkpoint."""
         return {
             "groups_made": self.groups_made,
-            "prompt_order": torch.tensor(self._prompt_order, dtype=torch.int64),
-            "running_reward": self._running_reward,
+            "walk": self._walk.state(),
+            "running_rewards": dict(self._running_rewards),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` gave."""
         self.groups_made = state["groups_made"]
-        self._prompt_order = state["prompt_order"].tolist()
-        self._running_reward = state["running_reward"]
-
-    def _next_examples(self, count: int) -> list[Example]:
-        """The next prompts: of an endless walk over shuffled training examples, or drawn by their lengths."""
-        while len(self._prompt_order) < count:
-            lengths = torch.tensor([len(e.prompt_ids) for e in self.examples])
-            self._prompt_order += walk(lengths, self.recipe.rollout.prompt_draw, self.prompt_generator).tolist()
-        chosen, self._prompt_order = self._prompt_order[:count], self._prompt_order[count:]
-        return [self.examples[i] for i in chosen]
+        self._walk.restore(state["walk"])
+        self._running_rewards = dict(state["running_rewards"])
 
     def _reference_numbers(self, example: Example) -> list[int]:
         wanted = self.recipe.replay.demonstrations
@@ -141,9 +142,14 @@ class Collector:
         Only sampled rewards count, so that demonstrations, which are better, push no sample down.
         """
         kind = self.recipe.qlearning.baseline
-        mean = fmean(e.reward for group in groups for e in group if not e.demonstration)
-        self._running_reward = mean if self._running_reward is None else 0.9 * self._running_reward + 0.1 * mean
+        rewards: dict[str, list[float]] = {}
+        for episode in (e for group in groups for e in group if not e.demonstration):
+            rewards.setdefault(episode.example.task, []).append(episode.reward)
+        for task, of_task in rewards.items():
+            mean = fmean(of_task)
+            self._running_rewards[task] = 0.9 * self._running_rewards.get(task, mean) + 0.1 * mean
         for group in groups:
             of_group = fmean(e.reward for e in group if not e.demonstration)
+            running = self._running_rewards[group[0].example.task]
             for episode in group:
-                episode.baseline = {"group": of_group, "running": self._running_reward, "none": 0.0}[kind]
+                episode.baseline = {"group": of_group, "running": running, "none": 0.0}[kind]

@@ -68,9 +68,12 @@ def rollout_record(groups: Sequence[Group]) -> dict[str, float]:
     by_group = [[e for e in group if not e.demonstration] for group in groups]
     sampled = [e for group in by_group for e in group]
     behaviour = torch.cat([e.behaviour_log_probs for e in sampled if e.behaviour_log_probs is not None])
+    terms = dict.fromkeys(name for e in sampled for name in e.terms)
+    tasks = dict.fromkeys(e.example.task for e in sampled if e.example.task)
     return {
         "reward": fmean(e.reward for e in sampled),
-        **{f"reward_{name}": fmean(e.terms[name] for e in sampled) for name in sampled[0].terms},
+        **{f"reward_of_{task}": fmean(e.reward for e in sampled if e.example.task == task) for task in tasks},
+        **{f"reward_{name}": fmean(e.terms[name] for e in sampled if name in e.terms) for name in terms},
         "response_tokens": fmean(len(e.response_ids) for e in sampled),
         "truncated_share": fmean(e.truncated for e in sampled),
         "equal_groups_share": fmean(len({e.reward for e in group}) == 1 for group in by_group),

@@ -32,7 +32,7 @@ from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import Recipe
 from lmdqn.results.calibration import Calibration
 from lmdqn.results.tracking import Tracker
-from lmdqn.text.rewards import Reward
+from lmdqn.text.rewards import TaskRewards
 
 Validate = Callable[[], dict[str, float]]  # metrics of the target network on the validation split
 BestState = Callable[[], dict[str, Any]]  # a trainer's state when it validated best
@@ -76,7 +76,7 @@ class Trainer:
     networks: Networks
     rollout: Rollout
     examples: Sequence[Example]
-    reward: Reward
+    reward: TaskRewards
     accelerator: Accelerator
     tracker: Tracker
     log: Sequence[Group] = ()  # of offline learning: a list is held in memory, anything else is left where it is

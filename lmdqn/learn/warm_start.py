@@ -15,6 +15,7 @@ from lmdqn.learn.budget import Budget
 from lmdqn.learn.checkpoint import AfterStep
 from lmdqn.learn.optimisation import Optimiser, Skips, rate_factor
 from lmdqn.learn.processes import Processes
+from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.model.qnetwork import QNetwork, response_log_probs, trained_parameters
 from lmdqn.recipe import Recipe, WarmStartSection
 from lmdqn.results.tracking import Tracker
@@ -22,9 +23,10 @@ from lmdqn.results.tracking import Tracker
 
 @dataclass
 class WarmStart:
-    """Trains `network` on every reference for the recipe's epochs.
+    """Trains `network` on every reference for the recipe's epochs; of several tasks, in proportion to their weights.
 
-    The model's own dropout is on. The rate rises linearly, then falls linearly to zero.
+    An epoch is as many examples as there are in all tasks together. The model's own dropout is on. The rate rises
+    linearly, then falls linearly to zero.
     """
 
     recipe: Recipe
@@ -39,7 +41,7 @@ class WarmStart:
     generator: torch.Generator = field(init=False)  # of the order of the examples
     budget: Budget = field(init=False)
     step: int = field(init=False, default=0)
-    _order: list[int] = field(init=False, default_factory=list)
+    _walk: ExampleWalk = field(init=False)
     _dropout: dict[str, Tensor] | None = field(init=False, default=None)  # states of torch's own generators
 
     def __post_init__(self) -> None:
@@ -54,6 +56,12 @@ class WarmStart:
             optimisation.clip_norm,
         )
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
+        self._walk = ExampleWalk(
+            self.examples,
+            self.recipe.task_weights,
+            "uniform",
+            self.generator,
+        )
         self._start_clock(0.0)
 
     @property
@@ -72,7 +80,7 @@ class WarmStart:
         with self.tracker.phase("MLE", budget.max_steps, budget.max_seconds), torch.random.fork_rng():
             _seed_dropout(recipe.seed, self._dropout)
             while not budget.spent(self.step):
-                chosen = [lessons[i] for i in self._next_lessons()]
+                chosen = [lessons[i] for i in self._walk.next(self.settings.batch_examples)]
                 factor = rate_factor("linear", budget.progress(self.step + 1), self.settings.warmup_share)
                 self.step += 1
                 record = {"step": self.step, "seconds": budget.seconds, "rate_factor": factor}
@@ -97,7 +105,7 @@ class WarmStart:
             "networks": {"online": self.network.weights()},
             "optimiser": self.optimiser.state(),
             "generator": self.generator.get_state(),
-            "order": torch.tensor(self._order, dtype=torch.int64),
+            "walk": self._walk.state(),
             "dropout": _dropout_state(),
             "skips": self.skips.state(),
         }
@@ -109,20 +117,13 @@ class WarmStart:
         self.network.restore(state["networks"]["online"])
         self.optimiser.restore(state["optimiser"])
         self.generator.set_state(state["generator"])
-        self._order = state["order"].tolist()
+        self._walk.restore(state["walk"])
         self._dropout = state["dropout"]
         self.skips.restore(state["skips"])
 
     def _start_clock(self, already_s: float) -> None:
         steps = math.ceil(self.settings.epochs * len(self.examples) / self.settings.batch_examples)
         self.budget = Budget(steps, self.settings.max_seconds, already_s, self.processes.of_main)
-
-    def _next_lessons(self) -> list[int]:
-        count = self.settings.batch_examples
-        while len(self._order) < count:
-            self._order += torch.randperm(len(self.examples), generator=self.generator).tolist()
-        chosen, self._order = self._order[:count], self._order[count:]
-        return chosen
 
     def _update(self, chosen: Sequence[list[Episode]], factor: float) -> float:
         """One MLE step, each process on its share; gives the loss in nats a token."""

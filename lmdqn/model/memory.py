@@ -75,7 +75,7 @@ def estimate_memory(recipe: Recipe) -> MemoryEstimate:
 
 def replay_bytes(recipe: Recipe) -> int:
     """Of a replay full of the longest responses there may be."""
-    longest = recipe.data.max_response_tokens
+    longest = recipe.max_response_tokens
     tokens = recipe.replay.capacity_episodes * longest
     if recipe.replay.capacity_tokens is not None:
         tokens = min(tokens, recipe.replay.capacity_tokens)

@@ -1,8 +1,8 @@
 """Writing episodes: batched sampling, and the reference's view of what was written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,7 @@ class Rollout:
     tokenizer: Any
     max_response_tokens: int
     batch_examples: int = 64
+    limits: Mapping[str, int] = field(default_factory=dict)  # of tasks whose responses must be shorter, in tokens
 
     def sample(
         self,
@@ -79,9 +80,10 @@ class Rollout:
             responses = decode(models, self.layout, prompts, samples, self.max_response_tokens, sampler)
             for row, response in enumerate(responses):
                 which = chunk[row // samples]
+                response = self._within_limit(response, examples[which])
                 truncated = response[-1] not in self.layout.eos_ids
                 episode = Episode(examples[which], response, truncated, groups[which], text=self.decode(response))
-                episode.behaviour_log_probs = torch.tensor(sampler.log_probs[row])
+                episode.behaviour_log_probs = torch.tensor(sampler.log_probs[row][: len(response)])
                 drawn[which].append(episode)
         return [episode for of_example in drawn for episode in of_example]
 
@@ -106,8 +108,12 @@ class Rollout:
                 alone = [lambda: nullcontext(model)]
                 responses = decode(alone, self.layout, prompts, 1, self.max_response_tokens, greedy)
             for i, ids in zip(chunk, responses, strict=True):
-                texts[i] = self.decode(ids)
+                texts[i] = self.decode(self._within_limit(ids, examples[i]))
         return texts
+
+    def _within_limit(self, response: list[int], example: Example) -> list[int]:
+        """What the task of a response has room for."""
+        return response[: self.limits.get(example.task)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, special tokens and outer white space dropped."""

@@ -16,6 +16,7 @@ from lmdqn.recipe.reading import differing_keys, dump_recipe, load_recipe, recip
 from lmdqn.recipe.recipe import EvaluationSection, OutputSection, Recipe
 from lmdqn.recipe.reward import METRICS, METRICS_OF_REFERENCES, REWARD_TERMS, RewardSection
 from lmdqn.recipe.section import Section, nearest
+from lmdqn.recipe.tasks import TaskSection
 
 __all__ = [
     "METRICS",
@@ -40,6 +41,7 @@ __all__ = [
     "RolloutSection",
     "Section",
     "Splits",
+    "TaskSection",
     "WarmStartSection",
     "differing_keys",
     "dump_recipe",

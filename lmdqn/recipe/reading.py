@@ -122,7 +122,8 @@ def _key(loc: tuple[int | str, ...]) -> list[str]:
 def _keys_at(parents: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for parent in parents:
-        section = next(_sections_of(section.model_fields[parent].annotation))
+        if parent in section.model_fields:  # and is no name that the user gave, such as that of a task
+            section = next(_sections_of(section.model_fields[parent].annotation))
     return list(section.model_fields)
 
 

@@ -1,9 +1,12 @@
 """The whole recipe: its sections, and which of their settings exclude each other."""
 
-from typing import Literal, Self
+import re
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic.config import JsonDict
 
+from lmdqn.errors import UserError
 from lmdqn.recipe.data import DataSection
 from lmdqn.recipe.decoding import DecodingSection
 from lmdqn.recipe.experience import ReplaySection, RolloutSection
@@ -14,6 +17,9 @@ from lmdqn.recipe.offline import OfflineSection
 from lmdqn.recipe.qlearning import QLearningSection
 from lmdqn.recipe.reward import METRICS, METRICS_OF_REFERENCES, RewardSection
 from lmdqn.recipe.section import Section, nearest
+from lmdqn.recipe.tasks import TaskSection
+
+TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 class EvaluationSection(Section):
@@ -40,13 +46,28 @@ class OutputSection(Section):
     tracked_samples: int = Field(4, ge=0, description="validation responses that trackers show at each evaluation")
 
 
+_NULL: JsonDict = {"type": "null"}
+ONE_FORM: list[JsonValue] = [  # of a recipe's two, for the JSON schema
+    {"required": ["data"], "properties": {"data": {"type": "object"}, "tasks": _NULL}},
+    {"required": ["tasks"], "properties": {"tasks": {"type": "object"}, "data": _NULL, "reward": _NULL}},
+]
+
+
 class Recipe(Section):
-    """A whole run, from model and data to the folder that keeps the result."""
+    """A whole run, from model and data to the folder that keeps the result.
+
+    It has one task, `data` with `reward`, or several in `tasks`; `every_task` and `only_task` read either form.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": ONE_FORM})
 
     seed: int = Field(0, ge=0, description="of every random generator in the run")
     model: ModelSection = Field(description="what is fine-tuned")
-    data: DataSection = Field(description="what it learns from and is measured on")
-    reward: RewardSection = Field(default_factory=RewardSection, description="what a good response is")
+    data: DataSection | None = Field(None, description="what it learns from and is measured on")
+    reward: RewardSection | None = Field(None, description="what a good response is")
+    tasks: dict[str, TaskSection] | None = Field(
+        None, description="instead of data and reward: several tasks by name, each with its own"
+    )
     warm_start: WarmStartSection | None = Field(None, description="an MLE phase on the references, before DQN")
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="how responses are sampled")
     replay: ReplaySection = Field(default_factory=ReplaySection, description="which episodes an update sees")
@@ -58,26 +79,96 @@ class Recipe(Section):
     guards: GuardsSection = Field(default_factory=GuardsSection, description="what is watched against collapse")
     output: OutputSection = Field(default_factory=OutputSection, description="where it is kept")
 
+    @property
+    def every_task(self) -> dict[str, TaskSection]:
+        """The tasks by name; the only one of a recipe without `tasks` is called "" (the empty text)."""
+        if self.tasks is not None:
+            return self.tasks
+        assert self.data is not None
+        assert self.reward is not None
+        return {"": TaskSection(data=self.data, reward=self.reward)}
+
+    @property
+    def only_task(self) -> TaskSection:
+        """The one task.
+
+        Raises:
+            UserError: there are several.
+        """
+        if self.tasks is not None:
+            raise UserError(f"this recipe has several tasks: name one with --task ({', '.join(self.tasks)})")
+        return self.every_task[""]
+
+    def for_task(self, name: str) -> "Recipe":
+        """The recipe of one of its tasks alone.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        if self.tasks is None:
+            raise UserError(f"there is no task {name!r}: this recipe has one task, which has no name")
+        if name not in self.tasks:
+            raise UserError(f"there is no task {name!r}{nearest(name, self.tasks)}")
+        task = self.tasks[name]
+        return self.model_copy(update={"tasks": None, "data": task.data, "reward": task.reward})
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """The weight of every task."""
+        return {name: task.weight for name, task in self.every_task.items()}
+
+    @property
+    def max_response_tokens(self) -> int:
+        """The longest response of any task."""
+        return max(task.data.max_response_tokens for task in self.every_task.values())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_reward(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tasks") is None and given.get("reward") is None:
+            return {**given, "reward": {}}
+        return given
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.tasks is None:
+            if self.data is None:
+                raise ValueError("'data' is missing (or 'tasks', for several data sets at once)")
+            return self
+        if self.data is not None or self.reward is not None:
+            own = "data" if self.data is not None else "reward"
+            raise ValueError(f"a recipe has {own} or tasks, not both: with tasks set tasks.NAME.{own}")
+        if not self.tasks:
+            raise ValueError("tasks needs at least one task")
+        for name in self.tasks:
+            if not TASK_NAME.fullmatch(name):
+                raise ValueError(f"tasks: a name is letters, digits and _, and begins with a letter, not {name!r}")
+        return self
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        without_references = self.data.references is None and self.data.conversation is None
-        if without_references:
-            needing = [name for name in self.reward.mix if ":" not in name and name != "repetition"]
-            if needing:
-                raise ValueError(f"reward.mix term {needing[0]!r} compares with references: set data.references")
-            if self.warm_start is not None:
-                raise ValueError("warm_start learns the references by heart: set data.references or drop warm_start")
-            if self.replay.demonstrations:
-                raise ValueError("replay.demonstrations are references: set data.references, or 0 demonstrations")
         metric = self.evaluation.metric
         if metric not in METRICS:
             raise ValueError(f"evaluation.metric: there is no metric {metric!r}{nearest(metric, METRICS)}")
-        if without_references and metric in METRICS_OF_REFERENCES:
-            raise ValueError(f"evaluation.metric={metric} compares with references: set data.references")
+        for name, task in self.every_task.items():
+            if task.data.references is None and task.data.conversation is None:
+                self._possible_without_references(task, f"tasks.{name}." if name else "")
         if self.qlearning.baseline == "group" and self.rollout.samples < 2:
             raise ValueError("qlearning.baseline=group needs rollout.samples of 2 or more: or use running")
         self._possible_learning()
         return self
+
+    def _possible_without_references(self, task: TaskSection, where: str) -> None:
+        wanted = f"set {where}data.references"
+        needing = [name for name in task.reward.mix if ":" not in name and name != "repetition"]
+        if needing:
+            raise ValueError(f"{where}reward.mix term {needing[0]!r} compares with references: {wanted}")
+        if self.warm_start is not None:
+            raise ValueError(f"warm_start learns the references by heart: {wanted} or drop warm_start")
+        if self.replay.demonstrations:
+            raise ValueError(f"replay.demonstrations are references: {wanted}, or 0 demonstrations")
+        if self.evaluation.metric in METRICS_OF_REFERENCES:
+            raise ValueError(f"evaluation.metric={self.evaluation.metric} compares with references: {wanted}")
 
     def _possible_learning(self) -> None:
         qlearning, offline = self.qlearning, self.offline

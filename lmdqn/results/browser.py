@@ -28,6 +28,7 @@ def browser_content(
     samples = [
         {
             "number": i + 1,
+            "task": lines[i].get("task", ""),
             "source": lines[i]["source"],
             "references": lines[i]["references"],
             "responses": [systems[name].responses[i] for name in labels],

@@ -47,12 +47,16 @@ class Comparison:
 
 
 def compare_runs(
-    runs: Sequence[str | Path], metric: str | None = None, kind: Kind = "bootstrap", samples: int = 1000
+    runs: Sequence[str | Path],
+    metric: str | None = None,
+    kind: Kind = "bootstrap",
+    samples: int = 1000,
+    task: str | None = None,
 ) -> Comparison:
     """Test each run's DQN responses against the first run's.
 
     `metric` decides; when not given it is the first run's evaluation.metric. Runs with different rewards are compared
-    by all else.
+    by all else. Of runs with several tasks `task` names the one; other runs are taken whole.
 
     Raises:
         UserError: fewer than two runs, one that has not ended, other test sources or references, or a deciding metric
@@ -63,14 +67,25 @@ def compare_runs(
     folders = {_name(run, runs): RunFolder(Path(run)) for run in runs}
     if len(folders) < len(runs):
         raise UserError("compare was given the same run twice")
-    evaluations = {name: folder.read_evaluation("dqn") for name, folder in folders.items()}
-    lines = [folder.read_predictions() for folder in folders.values()]
+    for folder in folders.values():
+        folder.read_results()
+    recipes = [load_recipe(folder.recipe) for folder in folders.values()]
+    if task is not None and all(recipe.tasks is None for recipe in recipes):
+        raise UserError(f"--task {task}: these runs have one task each, which has no name")
+    tasks = ["" if recipe.tasks is None else task or "" for recipe in recipes]
+    rewards = [
+        (recipe.for_task(name) if name else recipe).only_task.reward
+        for recipe, name in zip(recipes, tasks, strict=True)
+    ]
+    evaluations = {
+        name: folder.read_evaluation("dqn", of) for (name, folder), of in zip(folders.items(), tasks, strict=True)
+    }
+    lines = [folder.read_predictions(of) for folder, of in zip(folders.values(), tasks, strict=True)]
     for folder, others in zip(list(folders.values())[1:], lines[1:], strict=True):
         _check_same_test(next(iter(folders.values())), lines[0], folder, others)
-    recipes = [load_recipe(folder.recipe) for folder in folders.values()]
     metric = metric or recipes[0].evaluation.metric
     note = ""
-    if any(recipe.reward != recipes[0].reward for recipe in recipes):
+    if any(reward != rewards[0] for reward in rewards):
         note = "the runs' rewards differ, so they are not compared by reward"
         for evaluation in evaluations.values():
             del evaluation.metrics["reward"], evaluation.per_response["reward"]

@@ -80,7 +80,7 @@ def inspect_run(run: str | Path, pairs: Sequence[Pair], recipe: Recipe | None = 
         raise UserError(f"{folder.path} has no model/ folder: it is no run of lmdqn, or ended before a validation")
     recipe = recipe or load_recipe(folder.recipe)
     loaded = load_on_device(str(folder.model), recipe)
-    examples, _ = encode_examples(pairs, recipe.data, loaded.tokenizer, loaded.layout)
+    examples, _ = encode_examples(pairs, recipe.only_task.data, loaded.tokenizer, loaded.layout)
     head = load_value_head(folder.model, hidden_size(loaded.model))
     network = QNetwork(loaded.model, head.to(loaded.model.device))
     rollout = rollout_of(loaded, recipe)
@@ -111,7 +111,7 @@ def pairs_to_inspect(
         raise UserError("--reference belongs to one --prompt")
     pairs = [Pair(prompt, tuple(references), {"source": prompt}) for prompt in prompts]
     if split is not None:
-        pairs += load_pairs(recipe.data, split, recipe.seed)[:limit]
+        pairs += load_pairs(recipe.only_task.data, split, recipe.seed)[:limit]
     if not pairs:
         raise UserError("nothing to inspect: give --prompt TEXT or --data test")
     return pairs

@@ -29,7 +29,8 @@ def caveat(recipe: Recipe, inspected: Sequence[Inspected]) -> str:
     """What must be known before V is believed; nothing where it can be."""
     if recipe.qlearning.loss == "path":
         return "A path loss trains no value head: there is no V and no Q, but A."
-    learnt_with = recipe.data.references is not None or recipe.data.conversation is not None
+    data = recipe.only_task.data
+    learnt_with = data.references is not None or data.conversation is not None
     blind = any(not one.example.references for one in inspected)
     return NO_REFERENCES if learnt_with and blind and recipe.qlearning.form == "dueling" else ""
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lmdqn.recipe import QLearningSection, Recipe
+from lmdqn.recipe import DataSection, QLearningSection, Recipe, TaskSection
 from lmdqn.results.tables import COLUMNS, PHASES, p_value_line
 
 METRIC_TYPES = {"bleu": "bleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge", "chrf": "chrf"}  # hub's names
@@ -85,9 +85,10 @@ print(tokenizer.decode({answer}, skip_special_tokens=True).strip())
 def public_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML in which folders and files stand by their last name alone."""
     tree = _without_folders(recipe.model_dump(mode="json"))
-    for section, key in (("data", "path"), ("output", "dir")):
-        if tree[section][key] is not None:
-            tree[section][key] = PurePath(tree[section][key]).name
+    sets = [task["data"] for task in (tree["tasks"] or {"": tree}).values()]
+    for section, key in (*((data, "path") for data in sets), (tree["output"], "dir")):
+        if section[key] is not None:
+            section[key] = PurePath(section[key]).name
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -109,25 +110,26 @@ def _without_folders(value: Any) -> Any:
 
 
 def _metadata(recipe: Recipe, results: Mapping[str, Any], published: Published) -> ModelCardData:
-    base, data = recipe.model.name, recipe.data
-    scores = results["test"]["dqn"]
+    base, tasks = recipe.model.name, recipe.every_task
     measured = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=data.hub or _data_name(recipe),
-            dataset_name=_data_name(recipe),
-            dataset_config=data.hub_config,
-            dataset_split=data.splits.test,
-            metric_type=METRIC_TYPES[name],
-            metric_value=round(scores[name], 2),
-            metric_name=COLUMNS[name],
+            dataset_type=task.data.hub or set_name(task.data),
+            dataset_name=set_name(task.data),
+            dataset_config=task.data.hub_config,
+            dataset_split=task.data.splits.test,
+            metric_type=METRIC_TYPES[metric],
+            metric_value=round(value, 2),
+            metric_name=COLUMNS[metric],
         )
-        for name in METRIC_TYPES
-        if name in scores
+        for name, task in tasks.items()
+        for metric, value in (results["tasks"][name] if name else results)["test"]["dqn"].items()
+        if metric in METRIC_TYPES
     ]
+    hubs = [task.data.hub for task in tasks.values() if task.data.hub is not None]
     return ModelCardData(
         base_model=base if base is not None and not is_local(base) else None,
-        datasets=[data.hub] if data.hub is not None else None,
+        datasets=list(dict.fromkeys(hubs)) or None,
         library_name="peft" if published.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["lmdqn", "dqn", "reinforcement-learning"],
@@ -154,20 +156,32 @@ def _opening(recipe: Recipe, published: Published) -> str:
 
 
 def _reward(recipe: Recipe) -> str:
-    terms = _without_folders(recipe.reward.mix)
-    return " + ".join(f"{weight:g} `{name}`" for name, weight in terms.items())
+    mixes = []
+    for task_name, task in recipe.every_task.items():
+        terms = _without_folders(task.reward.mix)
+        mix = " + ".join(f"{weight:g} `{name}`" for name, weight in terms.items())
+        mixes.append(f"{mix} (task `{task_name}`)" if task_name else mix)
+    return ", ".join(mixes)
 
 
-def _data_name(recipe: Recipe) -> str:
-    return recipe.data.hub or PurePath(recipe.data.path or "data").name
+def set_name(data: DataSection) -> str:
+    """What a data set is called."""
+    return data.hub or PurePath(data.path or "data").name
 
 
 def _data(recipe: Recipe) -> str:
-    data = recipe.data
+    if recipe.tasks is None:
+        return _data_of(recipe.only_task)
+    tasks = recipe.tasks.items()
+    return "\n".join(f"- Task `{name}`, weight {task.weight:g}: {_data_of(task)}" for name, task in tasks)
+
+
+def _data_of(task: TaskSection) -> str:
+    data = task.data
     if data.hub is None:
         prompted = "conversations" if data.conversation else f"`{data.source}` is what a model is asked with"
         answered = f"; `{data.references}` holds what it should answer" if data.references else ""
-        return f"Local files (`{_data_name(recipe)}`), not published here: {prompted}{answered}."
+        return f"Local files (`{set_name(data)}`), not published here: {prompted}{answered}."
     config = f", configuration `{data.hub_config}`" if data.hub_config else ""
     link = f"[{data.hub}](https://huggingface.co/datasets/{data.hub})"
     return f"{link}{config}; tested on its split `{data.splits.test}`."
@@ -206,6 +220,18 @@ def _equations(q: QLearningSection) -> str:
 
 
 def _results(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
+    sets = ", ".join(f"`{name or set_name(task.data)}`" for name, task in recipe.every_task.items())
+    about = (
+        f"{sets}, {examples} test examples, greedy decoding, one seed ({recipe.seed}); 0 to 100, "
+        "lengths in words; in brackets 95 % bootstrap intervals. Reward: the mix above times 100; distinct-2: "
+        "different word pairs over all word pairs; repeated 4-grams: those that stood earlier in the same response."
+    )
+    tables = [f"Task `{name}`:\n\n{_table(own)}" for name, own in results.get("tasks", {}).items()]
+    mean = "The mean over the tasks by their weights:\n\n" if tables else ""
+    return "\n\n".join([about, *tables, mean + _table(results)])
+
+
+def _table(results: Mapping[str, Any]) -> str:
     systems: Mapping[str, Mapping[str, float]] = results["test"]
     columns = [name for name in COLUMNS if all(name in scores for scores in systems.values())]
     rows = [
@@ -213,13 +239,7 @@ def _results(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
         for phase, scores in systems.items()
     ]
     significance = p_value_line(results["p_value"], "mle" if "mle" in systems else "start")
-    return (
-        f"`{_data_name(recipe)}`, {examples} test examples, greedy decoding, one seed ({recipe.seed}); 0 to 100, "
-        "lengths in words; in brackets 95 % bootstrap intervals. Reward: the mix above times 100; distinct-2: "
-        "different word pairs over all word pairs; repeated 4-grams: those that stood earlier in the same response.\n\n"
-        + _markdown(["system", *(COLUMNS[name] for name in columns)], rows)
-        + f"\n\n{significance}."
-    )
+    return _markdown(["system", *(COLUMNS[name] for name in columns)], rows) + f"\n\n{significance}."
 
 
 def _how_it_was_run(recipe: Recipe, results: Mapping[str, Any]) -> str:
@@ -245,9 +265,10 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _limits(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
+    sets = "one data set" if recipe.tasks is None else f"{len(recipe.tasks)} data sets"
     points = [
         "It was tuned towards the reward above: a higher score is closer wording, not checked facts or judged quality.",
-        f"One seed, {examples} test examples, one data set; nothing was measured outside it.",
+        f"One seed, {examples} test examples, {sets}; nothing else was measured.",
         "The licences and biases of the base model and of the data apply; this card names no licence of its own.",
     ]
     scores = results["test"]
@@ -258,8 +279,8 @@ def _limits(recipe: Recipe, results: Mapping[str, Any], examples: int) -> str:
 
 
 def _prompting(recipe: Recipe, published: Published) -> str:
-    """The lines that make `inputs` of a source, as the recipe prompts."""
-    data = recipe.data
+    """The lines that make `inputs` of a source, as the recipe prompts (in the first of several tasks)."""
+    data = next(iter(recipe.every_task.values())).data
     template = data.prompt or ("{source}" if published.is_seq2seq or data.chat else "{source}\n")
     names = dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
     values = ", ".join(f'{name}="..."' for name in names)

@@ -84,7 +84,7 @@ def _signed_in(repository: str) -> HfApi:
 def _merge(run: RunFolder, recipe: Recipe, folder: Path) -> None:
     from lmdqn.model.loading import load_trained
 
-    loaded = load_trained(run.model, recipe.model, recipe.data.max_response_tokens)
+    loaded = load_trained(run.model, recipe.model, recipe.max_response_tokens)
     loaded.model.merge_and_unload().save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from lmdqn.recipe import Recipe, dump_recipe, load_recipe
+from lmdqn.recipe import METRICS, Recipe, TaskSection, dump_recipe, load_recipe
 from lmdqn.results.browser import browser_content
 from lmdqn.results.calibration import by_position, explained, rank_correlation, read_calibration, reliability
+from lmdqn.results.model_card import set_name
 from lmdqn.results.page import render
 from lmdqn.results.plots import Chart, Series, line_chart, reliability_chart
 from lmdqn.results.run_folder import RunFolder
@@ -20,6 +22,7 @@ from lmdqn.whole_files import write_whole
 NEUTRAL = ("length_words", "distinct2", "repeated_4grams")  # neither more nor less of them is a gain by itself
 # Not curves; and ROUGE-Lsum, which is ROUGE-L wherever a response is one line
 UNDRAWN = ("phase", "step", "seconds", "validation_rougeLsum")
+TASK_INKS = ("mle", "more", "start", "soft")
 Lines = Sequence[Mapping[str, Any]]
 TITLES = {  # in the order of their charts; what else was logged comes after
     "reward": "reward of samples",
@@ -64,12 +67,12 @@ def _content(folder: RunFolder, results: Mapping[str, Any], recipe: Recipe) -> d
         "verdict": _verdict(results, before, recipe.evaluation.metric, len(predictions)),
         "kept": kept_step(lines, recipe.evaluation.metric),
         "facts": _facts(results, lines, recipe),
-        "examples": len(predictions),
         "phases": phases,
         "before": PHASES[before],
-        "rows": [_row(name, results, before, recipe) for name in COLUMNS if name in results["test"]["dqn"]],
+        "tables": _tables(folder, recipe, before),
+        "several": recipe.tasks is not None,
         "samples": recipe.evaluation.bootstrap_samples,
-        "mix": ", ".join(f"{weight:g} {name}" for name, weight in recipe.reward.mix.items()),
+        "mix": "; ".join(f"{name}: {_mix(task)}" if name else _mix(task) for name, task in recipe.every_task.items()),
         "curves": _curves(lines, recipe),
         "calibration": _calibration(folder, recipe),
         "no_calibration": "a path loss trains no value head"
@@ -90,7 +93,22 @@ def _model_name(recipe: Recipe) -> str:
 
 
 def _data_name(recipe: Recipe) -> str:
-    return recipe.data.hub or Path(recipe.data.path or "").name
+    return ", ".join(name or set_name(task.data) for name, task in recipe.every_task.items())
+
+
+def _mix(task: TaskSection) -> str:
+    return ", ".join(f"{weight:g} {name}" for name, weight in task.reward.mix.items())
+
+
+def _tables(folder: RunFolder, recipe: Recipe, before: str) -> list[dict[str, Any]]:
+    """The table of the whole run, and one of each of several tasks."""
+    tables = []
+    for task in ("", *(recipe.tasks or ())):
+        results = folder.read_results(task)
+        title = task or ("Mean over the tasks" if recipe.tasks else "")
+        rows = [_row(name, results, before, recipe) for name in COLUMNS if name in results["test"]["dqn"]]
+        tables.append({"title": title, "examples": len(folder.read_predictions(task)), "rows": rows})
+    return tables
 
 
 def _verdict(results: Mapping[str, Any], before: str, metric: str, examples: int) -> str:
@@ -144,7 +162,7 @@ def _curves(lines: Lines, recipe: Recipe) -> list[dict[str, Any]]:
     validation = [line for line in dqn if f"validation_{metric}" in line]
     kept = f"Greedy responses of the target network; model/ keeps the one whose {COLUMNS[metric]} was best."
     sections = [
-        _section("Validation", kept, validation, "dqn", "validation_", metric),
+        _section("Validation", kept, validation, "dqn", "validation_", metric, list(recipe.tasks or ())),
         _section("Q-learning", "Each point is a logged step. Tap a title for what it means.", dqn, "dqn", "", metric),
         _section("Warm start (MLE)", "Supervised learning of the references, before DQN.", mle, "mle", "", metric),
     ]
@@ -152,14 +170,18 @@ def _curves(lines: Lines, recipe: Recipe) -> list[dict[str, Any]]:
     return [section for section in sections if section["charts"]]
 
 
-def _section(title: str, note: str, lines: Lines, ink: str, prefix: str, metric: str) -> dict[str, Any]:
+def _section(
+    title: str, note: str, lines: Lines, ink: str, prefix: str, metric: str, tasks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Charts of the keys that begin with `prefix`; with it, each metric's has a line for each of several tasks."""
     charts, constant = [], []
+    of_tasks = {f"{prefix}{task}_{name}" for task in tasks for name in METRICS}
     logged = dict.fromkeys(key for line in lines for key in line)
     for name in dict.fromkeys([*(key for key in TITLES if key in logged), *logged]):
         skipped = name in UNDRAWN or name.startswith("reward_")
-        if skipped or name.startswith("validation_") != bool(prefix):
+        if skipped or name.startswith("validation_") != bool(prefix) or name in of_tasks:
             continue
-        points = [(line["step"], line[name]) for line in lines if name in line and math.isfinite(line[name])]
+        points = _points(lines, name)
         label = COLUMNS.get(name.removeprefix(prefix), name.removeprefix(prefix)) if prefix else TITLES.get(name, name)
         if len({y for _, y in points}) < 2:
             constant += [f"{label} {y:g}" for _, y in points[:1]]
@@ -168,16 +190,30 @@ def _section(title: str, note: str, lines: Lines, ink: str, prefix: str, metric:
         if name == f"validation_{metric}":
             best = max(points, key=lambda point: point[1])
             series.append(Series("kept", [best[0]], [best[1]], "ink"))
+        for task, its_ink in zip(tasks, cycle(TASK_INKS), strict=False):
+            if its_points := _points(lines, f"{prefix}{task}_{name.removeprefix(prefix)}"):
+                series.append(_series(task, its_points, its_ink))
         charts.append(line_chart(label, series, "rollouts" if ink == "dqn" else "updates", LOGGED.get(name, "")))
-    terms = list(dict.fromkeys(key for line in lines for key in line if key.startswith("reward_")))
-    if len(terms) > 1 and not prefix:
-        inks = ("dqn", "mle", "more", "start", "ink")
-        parts = [
-            _series(term.removeprefix("reward_"), [(line["step"], line[term]) for line in lines if term in line], ink)
-            for term, ink in zip(terms, inks, strict=False)
-        ]
-        charts.append(line_chart("terms of the reward", parts, "rollouts", LOGGED["reward_<term>"]))
+    keys = [key for key in dict.fromkeys(key for line in lines for key in line) if key.startswith("reward_")]
+    by_task = [key for key in keys if key.startswith("reward_of_")]
+    by_term = [key for key in keys if key not in by_task]
+    for title_of, start, which in (
+        ("terms of the reward", "reward_", by_term),
+        ("reward of samples by task", "reward_of_", by_task),
+    ):
+        if len(which) > 1 and not prefix:
+            inks = ("dqn", "mle", "more", "start", "ink")
+            parts = [
+                _series(key.removeprefix(start), _points(lines, key), ink)
+                for key, ink in zip(which, inks, strict=False)
+            ]
+            meaning = LOGGED["reward_<term>" if start == "reward_" else "reward_of_<task>"]
+            charts.append(line_chart(title_of, parts, "rollouts", meaning))
     return {"title": title, "note": note, "charts": charts, "constant": constant}
+
+
+def _points(lines: Lines, name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in lines if name in line and math.isfinite(line[name])]
 
 
 def _series(name: str, points: Sequence[tuple[float, float]], ink: str) -> Series:
@@ -191,9 +227,8 @@ def _calibration(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     values, realised = columns["value"], columns["realised"]
     share, correlation = explained(values, realised), rank_correlation(values, realised)
     first, last = int(columns["step"].min()), int(columns["step"].max())
-    seen = (
-        "; in training the value head also sees how the prefix matches the references" if recipe.data.references else ""
-    )
+    has_references = any(task.data.references for task in recipe.every_task.values())
+    seen = "; in training the value head also sees how the prefix matches the references" if has_references else ""
     note = (
         f"What V said of freshly sampled states before any update on them, against the centred return that then came: "
         f"{len(values):,} states of {len(set(columns['episode'])):,} responses, rollouts {first} to {last}{seen}. "

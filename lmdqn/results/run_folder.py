@@ -124,33 +124,24 @@ class RunFolder:
     ) -> None:
         """Write `results.json`, and `predictions.jsonl` with one line for each test example."""
         results = {
-            "test": {name: _rounded(evaluation.metrics) for name, evaluation in test.items()},
-            "interval": {
-                name: {metric: [round(end, 4) for end in ends] for metric, ends in sorted(intervals.items())}
-                for name, intervals in significance.interval.items()
-            },
-            "p_value": _rounded(dict(sorted(significance.p_value["dqn"].items()))),
+            **_tables(test, significance),
             "seconds": _rounded(seconds),
             "peak_memory_mib": peak_memory_mib(),
             "environment": environment(),
         }
+        by_task = {task: _of_task(test, task) for task in significance.tasks}
+        if by_task:
+            results["tasks"] = {task: _tables(own, significance.tasks[task]) for task, own in by_task.items()}
         write_whole(self.results, json.dumps(results, indent=2) + "\n")
         lines = [
-            {
-                "source": example.source,
-                "references": list(example.references),
-                **{name: evaluation.responses[i] for name, evaluation in test.items()},
-                "scores": {
-                    name: _rounded({metric: scores[i] for metric, scores in evaluation.per_response.items()})
-                    for name, evaluation in test.items()
-                },
-            }
-            for i, example in enumerate(examples)
+            line
+            for task, own in (by_task or {"": dict(test)}).items()
+            for line in _lines(own, [example for example in examples if example.task == task])
         ]
         write_whole(self.predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
-    def read_results(self) -> dict[str, Any]:
-        """`results.json`.
+    def read_results(self, task: str = "") -> dict[str, Any]:
+        """`results.json`; of a named task, with that one's tables in the place of the whole run's.
 
         Raises:
             UserError: this is no run, or one that has not ended.
@@ -159,22 +150,56 @@ class RunFolder:
             raise UserError(f"{self.path} is no run of lmdqn: it has no recipe.yaml")
         if not self.results.exists():
             raise UserError(f"run {self.path} has no results.json: it has not ended")
-        return json.loads(self.results.read_text(encoding="utf-8"))
+        results = json.loads(self.results.read_text(encoding="utf-8"))
+        return {**results, **results["tasks"][task]} if task else results
 
-    def read_predictions(self) -> list[dict[str, Any]]:
-        """`predictions.jsonl`, a dict a line."""
-        return [json.loads(line) for line in self.predictions.read_text(encoding="utf-8").split("\n") if line]
+    def read_predictions(self, task: str = "") -> list[dict[str, Any]]:
+        """`predictions.jsonl`, a dict a line; of a named task, that one's lines."""
+        lines = [json.loads(line) for line in self.predictions.read_text(encoding="utf-8").split("\n") if line]
+        return [line for line in lines if line["task"] == task] if task else lines
 
-    def read_evaluation(self, phase: str) -> Evaluation:
-        """What one phase of a run that has ended answered to the test split, and its scores."""
-        lines = self.read_predictions()
-        names = lines[0]["scores"][phase]
-        per_response = {name: [line["scores"][phase][name] for line in lines] for name in names}
-        return Evaluation([line[phase] for line in lines], self.read_results()["test"][phase], per_response)
+    def read_evaluation(self, phase: str, task: str = "") -> Evaluation:
+        """What one phase of a run that has ended answered to the test split (of a task), and its scores."""
+        lines = self.read_predictions(task)
+        scores = [line["scores"][phase] for line in lines]
+        names = [name for name in scores[0] if all(name in of_line for of_line in scores)]
+        per_response = {name: [of_line[name] for of_line in scores] for name in names}
+        return Evaluation([line[phase] for line in lines], self.read_results(task)["test"][phase], per_response)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """`metrics.jsonl`, a dict a line."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _of_task(test: Mapping[str, Evaluation], task: str) -> dict[str, Evaluation]:
+    return {phase: evaluation.tasks[task] for phase, evaluation in test.items()}
+
+
+def _tables(test: Mapping[str, Evaluation], significance: Significance) -> dict[str, Any]:
+    return {
+        "test": {name: _rounded(evaluation.metrics) for name, evaluation in test.items()},
+        "interval": {
+            name: {metric: [round(end, 4) for end in ends] for metric, ends in sorted(intervals.items())}
+            for name, intervals in significance.interval.items()
+        },
+        "p_value": _rounded(dict(sorted(significance.p_value["dqn"].items()))),
+    }
+
+
+def _lines(test: Mapping[str, Evaluation], examples: Sequence[Example]) -> list[dict[str, Any]]:
+    return [
+        {
+            **({"task": example.task} if example.task else {}),
+            "source": example.source,
+            "references": list(example.references),
+            **{name: evaluation.responses[i] for name, evaluation in test.items()},
+            "scores": {
+                name: _rounded({metric: scores[i] for metric, scores in evaluation.per_response.items()})
+                for name, evaluation in test.items()
+            },
+        }
+        for i, example in enumerate(examples)
+    ]
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:

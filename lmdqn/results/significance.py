@@ -5,7 +5,7 @@ by the same two procedures here. Distinct-2 is no mean and no sum over responses
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ class Significance:
 
     interval: dict[str, dict[str, tuple[float, float]]]  # 95 % bootstrap interval
     p_value: dict[str, dict[str, float]]  # two-sided, against the baseline, which itself has none
+    tasks: dict[str, "Significance"] = field(default_factory=dict)  # of several tasks, each one's own
 
 
 def paired_significance(
@@ -34,6 +35,7 @@ def paired_significance(
     references: metrics.References,
     samples: int,
     kind: Kind = "bootstrap",
+    weights: Mapping[str, float] | None = None,
 ) -> Significance:
     """Test every system against one of them, on the same examples.
 
@@ -41,24 +43,36 @@ def paired_significance(
     resamples whose difference lies at least as far from the observed one as that lies from zero. Approximate
     randomisation (Riezler & Maxwell 2005): swap the two responses to each example with probability 1/2; p is the
     share of trials with a difference at least as large as the observed one.
+
+    Of several tasks, `weights` are those of their mean: each task's examples are resampled among themselves, and
+    the mean has no test for BLEU and chrF, which are no means over responses; each task by itself has all of it.
     """
     result = Significance({name: {} for name in systems}, {name: {} for name in systems if name != baseline})
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     count = len(references)
-    resamples = generator.integers(count, size=(samples, count))
+    weights = weights if weights and systems[baseline].tasks else {}
+    sizes = [len(systems[baseline].tasks[task].responses) for task in weights] or [count]
+    ends = np.cumsum(sizes)
+    drawn = [generator.integers(end - size, end, size=(samples, size)) for end, size in zip(ends, sizes, strict=True)]
+    resamples = np.concatenate(drawn, axis=1)  # (samples, count)
+    parts = np.array(list(weights.values()) or [1.0])
+    share = np.repeat(parts / parts.sum() / sizes, sizes)  # (count,) of each example in the mean
     signs = generator.choice([-1.0, 1.0], size=(samples, count)) if kind == "randomisation" else None
     for name, system in systems.items():
         for metric, scores in system.per_response.items():
-            scaled = in_table_unit(metric, scores)
-            low, high = np.percentile(scaled[resamples].mean(axis=1), [2.5, 97.5])
+            scaled = in_table_unit(metric, scores) * share
+            low, high = np.percentile(scaled[resamples].sum(axis=1), [2.5, 97.5])
             result.interval[name][metric] = float(low), float(high)
             if name != baseline and metric in systems[baseline].per_response:
-                gains = scaled - in_table_unit(metric, systems[baseline].per_response[metric])
-                by_chance = (gains * signs).mean(axis=1) if signs is not None else gains[resamples].mean(axis=1)
+                gains = scaled - in_table_unit(metric, systems[baseline].per_response[metric]) * share
+                by_chance = (gains * signs).sum(axis=1) if signs is not None else gains[resamples].sum(axis=1)
                 if signs is None:
                     by_chance -= by_chance.mean()
-                result.p_value[name][metric] = _p_value(by_chance, float(gains.mean()))
-    if all(references):
+                result.p_value[name][metric] = _p_value(by_chance, float(gains.sum()))
+    for task, end, size in zip(weights, ends, sizes, strict=False):
+        own = {name: system.tasks[task] for name, system in systems.items()}
+        result.tasks[task] = paired_significance(own, baseline, references[end - size : end], samples, kind)
+    if all(references) and not weights:
         _add_corpus_metrics(result, systems, baseline, references, samples, kind)
     return result
 

@@ -23,6 +23,16 @@ COLUMNS = {
 PHASES = {"start": "start", "mle": "MLE", "dqn": "DQN"}
 
 
+def result_tables(results: Mapping[str, Evaluation], title: str) -> list[Table]:
+    """The table of results; of several tasks one for each, and that of their mean."""
+    tasks = next(iter(results.values())).tasks
+    tables = []
+    for task, of_task in tasks.items():
+        own = {phase: evaluation.tasks[task] for phase, evaluation in results.items()}
+        tables.append(results_table(own, f"{task}: {len(of_task.responses)} examples"))
+    return [*tables, results_table(results, f"mean over the tasks: {title}" if tasks else title)]
+
+
 def results_table(results: Mapping[str, Evaluation], title: str) -> Table:
     """A row a system, a column a metric."""
     known = [name for name in COLUMNS if all(name in evaluation.metrics for evaluation in results.values())]

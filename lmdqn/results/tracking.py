@@ -23,7 +23,8 @@ LOGGED = {
     "rate_factor": "learning rate over its peak",
     "gradient_norm": "L2 norm of the gradient before clipping; mean over the step's updates",
     "reward": "mean reward R of the step's sampled episodes",
-    "reward_<term>": "mean of one term of the reward mix, unweighted",
+    "reward_<term>": "mean of one term of the reward mix, unweighted, over the episodes whose task has it",
+    "reward_of_<task>": "mean reward of the step's episodes of one task, where there are several",
     "response_tokens": "mean length of the step's sampled responses, EOS included",
     "truncated_share": "share of the step's sampled responses without EOS",
     "equal_groups_share": "share of prompt groups whose sampled rewards are all equal: no signal with baseline=group",
@@ -39,7 +40,8 @@ LOGGED = {
     "skipped_updates": "steps skipped so far because a gradient, reward or logit was not finite; absent while 0",
     "episodes_per_s": "sampled episodes over the seconds of the phase",
     "validation_<metric>": "metric of greedy responses to the validation split, by the target network; reward and "
-    "those of the results table",
+    "those of the results table; of several tasks the mean, by their weights",
+    "validation_<task>_<metric>": "the same of one task, where there are several",
 }
 
 

@@ -33,9 +33,9 @@ class CutReport:
 
 
 def encode_examples(
-    pairs: Sequence[Pair], data: DataSection, tokenizer: Tokenizer, layout: SequenceFormat
+    pairs: Sequence[Pair], data: DataSection, tokenizer: Tokenizer, layout: SequenceFormat, task: str = ""
 ) -> tuple[list[Example], CutReport]:
-    """Tokenise pairs for the model.
+    """Tokenise pairs of a task for the model.
 
     A prompt over `data.max_prompt_tokens` loses the end or start of its *source*, never of its template (a chat of
     several turns loses its oldest turns first); a
@@ -66,7 +66,7 @@ def encode_examples(
                 f"leaves {room}; set data.max_prompt_tokens={room} or less (prompt: {prompt[:60]!r}...)"
             )
         references = tuple(_encode_reference(r, data, tokenizer, layout, cuts) for r in pair.references)
-        examples.append(Example(pair.source, pair.references, tuple(prompt_ids), references, prompt))
+        examples.append(Example(pair.source, pair.references, tuple(prompt_ids), references, prompt, task))
     return examples, cuts
 
 

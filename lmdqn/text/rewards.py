@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lmdqn.episodes import Episode
 from lmdqn.errors import NotFinite, UserError
-from lmdqn.recipe import RewardSection
+from lmdqn.recipe import RewardSection, TaskSection
 from lmdqn.text import metrics
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -102,6 +102,19 @@ class Reward:
     def __call__(self, responses: Sequence[str], references: metrics.References, sources: Sequence[str]) -> list[float]:
         """The reward of each response."""
         return self.mix(self.terms(responses, references, sources))
+
+
+class TaskRewards:
+    """The rewards of a recipe's tasks: each episode is scored by its own task's."""
+
+    def __init__(self, tasks: Mapping[str, TaskSection]):
+        self.of_task = {name: Reward(task.reward) for name, task in tasks.items()}
+
+    def score(self, episodes: Sequence[Episode]) -> None:
+        """Write each episode's reward, and the terms it is mixed from, into it; raises as `Reward.score`."""
+        for name, reward in self.of_task.items():
+            if of_task := [episode for episode in episodes if episode.example.task == name]:
+                reward.score(of_task)
 
 
 def _load_function(name: str) -> RewardFunction:

@@ -52,7 +52,7 @@
   function card(sample) {
     const box = element("article", "sample", "");
     const plain = (text) => text ? element("div", "text", text) : element("div", "text soft", "(empty)");
-    box.append(row("given source", "source", "soft", plain(sample.source), "no. " + sample.number));
+    box.append(row("given source", sample.task || "source", "soft", plain(sample.source), "no. " + sample.number));
     sample.references.forEach((reference, k) =>
       box.append(row("given", k ? "" : "references", "soft", plain(reference))));
     labels.forEach(({ name, ink }, system) => {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmdqn.episodes import Example
 from lmdqn.learn.budget import Budget
-from lmdqn.learn.prompt_draw import walk
+from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.rollout import Rollout
 from lmdqn.pipeline import train
@@ -66,7 +66,7 @@ class Task:
 
     def test_pairs(self, settings: Settings) -> list[Pair]:
         recipe = self.recipe(settings)
-        return load_pairs(recipe.data, "test", recipe.seed)
+        return load_pairs(recipe.only_task.data, "test", recipe.seed)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Arena:
         """The warm-started checkpoint as an ordinary transformers model, loaded anew from its folder."""
         recipe = self.recipe()
         section = ModelSection(name=str(self._checkpoint))
-        return load_model(section, (), 0, recipe.data.max_response_tokens)
+        return load_model(section, (), 0, recipe.max_response_tokens)
 
     @cached_property
     def decoder(self) -> LoadedModel:
@@ -93,19 +93,21 @@ class Arena:
     @cached_property
     def rollout(self) -> Rollout:
         recipe, loaded = self.recipe(), self.decoder
-        max_tokens, at_once = recipe.data.max_response_tokens, recipe.evaluation.batch_examples
+        max_tokens, at_once = recipe.max_response_tokens, recipe.evaluation.batch_examples
         return Rollout(loaded.layout, loaded.tokenizer, max_tokens, at_once)
 
     @cached_property
     def examples(self) -> dict[str, list[Example]]:
         """By split."""
         recipe, loaded = self.recipe(), self.decoder
-        pairs = {split: load_pairs(recipe.data, split, recipe.seed) for split in SPLITS}
-        return {s: encode_examples(p, recipe.data, loaded.tokenizer, loaded.layout)[0] for s, p in pairs.items()}
+        pairs = {split: load_pairs(recipe.only_task.data, split, recipe.seed) for split in SPLITS}
+        return {
+            s: encode_examples(p, recipe.only_task.data, loaded.tokenizer, loaded.layout)[0] for s, p in pairs.items()
+        }
 
     @cached_property
     def reward(self) -> Reward:
-        return Reward(self.recipe().reward)
+        return Reward(self.recipe().only_task.reward)
 
     def evaluate(self, weights: Mapping[str, Tensor], split: str) -> Evaluation:
         """lmdqn's own greedy decoding and metrics, and the length ratio."""
@@ -118,15 +120,11 @@ class Arena:
 
     def prompts(self, seed: int) -> Iterator[list[Example]]:
         """An endless walk over training examples, as many a step as the recipe draws; lmdqn's own order."""
+        recipe, train = self.recipe(), self.examples["train"]
         generator = torch.Generator().manual_seed(seed)
-        train, rollout = self.examples["train"], self.recipe().rollout
-        lengths, count = torch.tensor([len(e.prompt_ids) for e in train]), rollout.prompts
-        order: list[int] = []
+        walk = ExampleWalk(train, recipe.task_weights, recipe.rollout.prompt_draw, generator)
         while True:
-            while len(order) < count:
-                order += walk(lengths, rollout.prompt_draw, generator).tolist()
-            yield [train[i] for i in order[:count]]
-            order = order[count:]
+            yield [train[i] for i in walk.next(recipe.rollout.prompts)]
 
     @cached_property
     def _checkpoint(self) -> Path:

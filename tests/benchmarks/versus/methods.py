@@ -15,6 +15,7 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import Networks, QNetwork, response_log_probs, trained_parameters
 from lmdqn.recipe import Recipe
 from lmdqn.results.tracking import Tracker
+from lmdqn.text.rewards import TaskRewards
 from versus.arena import Arena, Recorder
 
 POLYAK = 0.05  # share of the new weights in a lean loop's average, an update: lmdqn's default for its target network
@@ -27,7 +28,8 @@ def run_lmdqn(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
     networks = Networks.build(arena.fresh(), recipe.qlearning.beta, recipe.seed)
     tracker = Tracker(Console(quiet=True, force_terminal=False))
     accelerator = Accelerator(cpu=True)
-    trainer = Trainer(recipe, networks, arena.rollout, arena.examples["train"], arena.reward, accelerator, tracker)
+    rewards = TaskRewards(recipe.every_task)
+    trainer = Trainer(recipe, networks, arena.rollout, arena.examples["train"], rewards, accelerator, tracker)
     models = {"average": networks.target.model}
     episodes_a_step = recipe.rollout.prompts * recipe.rollout.samples
 

@@ -93,7 +93,7 @@ def _arguments(recipe: Recipe, train: Sequence[Example]) -> dict[str, Any]:
         "steps_per_generation": parts,  # one rollout and one update a step
         "num_iterations": 1,
         "num_generations": recipe.rollout.samples,
-        "max_completion_length": recipe.data.max_response_tokens,
+        "max_completion_length": recipe.max_response_tokens,
         "temperature": recipe.rollout.temperature,
         "top_k": recipe.rollout.top_k or 0,
         "beta": 0.0,
