@@ -1,5 +1,6 @@
 """A whole run, from a recipe to its folder: `train` of the Python interface."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from signal import Signals
 from typing import Any
 
 from lmdqn.episodes import Example
-from lmdqn.errors import NotFinite, Stopped, UserError
+from lmdqn.errors import NotFinite, Stopped, UserError, writing
 from lmdqn.learn.checkpoint import AfterStep, BrokenCheckpointError, Checkpoints, State
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.stopping import StopRequest, stop_requests
@@ -25,6 +26,7 @@ from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import paired_significance
 from lmdqn.results.trackers import Sample
 from lmdqn.results.tracking import Tracker
+from lmdqn.whole_files import swap_in
 
 
 @dataclass
@@ -79,11 +81,13 @@ def _learn(run: "_Run", saved: State | None) -> None:
         run.seconds["mle"] = teacher.run(after_step)
         networks.settle()
         run.results["mle"] = run.test(networks.online)
-    if saved is None or saved["phase"] != "dqn":
-        run.on_main(run.save_reference)
     trainer = Trainer(
         recipe, networks, parts.rollout, lessons, parts.rewards, parts.accelerator, parts.tracker, parts.log
     )
+    if saved is None or saved["phase"] != "dqn":
+        run.on_main(run.save_reference)
+        if parts.finished is not None:
+            trainer.go_on_from(parts.finished)
     after_step = run.follow("dqn", trainer, saved)
     run.seconds["dqn"] = trainer.run(run.validate, after_step, run.best_state)
     run.on_main(lambda: trainer.calibration.save(parts.folder.calibration))
@@ -185,8 +189,16 @@ class _Run:
         self.parts.folder.save_model(self.parts.networks.target, self.parts.tokenizer, folder)
 
     def save_reference(self) -> None:
-        """Keep the policy that Q-learning begins from, of which the target is a copy now, unless it has a name."""
-        if self.parts.recipe.warm_start is not None or self.parts.recipe.model.name is None:
+        """Keep the policy that Q-learning begins from, of which the target is a copy now, unless it has a name.
+
+        A continued run goes on with the other's.
+        """
+        if self.parts.finished is not None:
+            kept, mine = self.parts.finished.folder.reference, self.parts.folder.reference
+            if kept.is_dir():
+                with writing(mine):
+                    swap_in(mine, lambda fresh: shutil.copytree(kept, fresh, dirs_exist_ok=True))
+        elif self.parts.recipe.warm_start is not None or self.parts.recipe.model.name is None:
             self.save_target(self.parts.folder.reference)
 
     def best_state(self) -> State:

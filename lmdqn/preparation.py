@@ -11,6 +11,7 @@ from rich.console import Console
 from lmdqn.answering import rollout_of
 from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError
+from lmdqn.learn.continuation import Continuation, kept_model, read_continuation
 from lmdqn.learn.processes import Processes
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.qnetwork import Networks
@@ -50,6 +51,7 @@ class Parts:
     networks: Networks
     examples: dict[str, list[Example]]  # by split, those of several tasks one after the other
     log: Sequence[list[Episode]]  # of offline learning
+    finished: Continuation | None  # where the recipe learns on from another run
 
 
 def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
@@ -65,6 +67,7 @@ def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
 
 
 def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes) -> Parts:
+    finished = None if recipe.continued is None else read_continuation(recipe)
     folder = RunFolder.check(recipe.output, resume)
     if resume and folder.recipe.exists():
         _check_same(recipe, folder)
@@ -78,12 +81,34 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
         for name, task in recipe.every_task.items()
     }
     texts = [text for of_task in pairs.values() for text in _texts(of_task["train"])]
-    loaded = load_model(recipe.model, texts, recipe.seed, recipe.max_response_tokens)
+    section = recipe.model if finished is None else kept_model(recipe, finished.folder)
+    loaded = load_model(section, texts, recipe.seed, recipe.max_response_tokens)
     loaded.model.to(accelerator.device)
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for name, task in recipe.every_task.items():
         for split, encoded in _encode_all(pairs[name], task.data, loaded, tracker, name).items():
             examples[split] += encoded
+    log = _read_log(recipe, loaded, examples["train"], tracker)
+    if finished is not None:
+        known = [*(episode.example for episode in finished.replay["episodes"]), *examples["train"]]
+        finished.episodes = _read_more_episodes(recipe, loaded, known, tracker)
+    return Parts(
+        recipe,
+        folder,
+        rewards,
+        accelerator,
+        tracker,
+        Trackers(accelerator, recipe),
+        loaded.tokenizer,
+        rollout_of(loaded, recipe),
+        _build_networks(recipe, loaded, finished),
+        examples,
+        log,
+        finished,
+    )
+
+
+def _build_networks(recipe: Recipe, loaded: LoadedModel, finished: Continuation | None) -> Networks:
     networks = Networks.build(
         loaded,
         recipe.qlearning.beta,
@@ -92,11 +117,9 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
         recipe.qlearning.value_quantiles or 1,
         keep_first=recipe.qlearning.reference_reset_every is not None,
     )
-    rollout = rollout_of(loaded, recipe)
-    trackers = Trackers(accelerator, recipe)
-    log = _read_log(recipe, loaded, examples["train"], tracker)
-    tokenizer = loaded.tokenizer
-    return Parts(recipe, folder, rewards, accelerator, tracker, trackers, tokenizer, rollout, networks, examples, log)
+    if finished is not None:
+        networks.go_on_from(finished.networks)
+    return networks
 
 
 def _shared(recipe: Recipe) -> list[tuple[str, int]]:
@@ -114,15 +137,34 @@ def _read_log(
     offline = recipe.offline
     if offline is None:
         return ()
-    file, longest = Path(offline.path), recipe.max_response_tokens
-    rows = read_log_rows(file, offline.in_memory)
-    centre = recipe.qlearning.baseline
-    log = EpisodeLog(str(file), rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
+    log = _open_log(offline.path, "offline.path", recipe, loaded, examples, offline.in_memory)
     needed_by = "offline.boltzmann_js_nats" if offline.boltzmann_js_nats is not None else "qlearning.importance"
     if offline.boltzmann_js_nats is not None or recipe.qlearning.importance != "none":
         log.check_behaviour(needed_by, offline.behaviour)
-    tracker.say(f"log: {len(rows)} episodes of {len(log)} prompts")
+    tracker.say(f"log: {len(log.rows)} episodes of {len(log)} prompts")
     return list(log) if offline.in_memory else log
+
+
+def _read_more_episodes(
+    recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], tracker: Tracker
+) -> list[list[Episode]]:
+    """The groups that join the replay of a continued run."""
+    assert recipe.continued is not None
+    if recipe.continued.episodes is None:
+        return []
+    log = _open_log(recipe.continued.episodes, "continued.episodes", recipe, loaded, examples, in_memory=True)
+    if recipe.qlearning.importance != "none":
+        log.check_behaviour("qlearning.importance", "logged")
+    tracker.say(f"joining the replay: {len(log.rows)} episodes of {len(log)} prompts")
+    return list(log)
+
+
+def _open_log(
+    path: str, key: str, recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], in_memory: bool
+) -> EpisodeLog:
+    rows = read_log_rows(Path(path), in_memory, key)
+    longest, centre = recipe.max_response_tokens, recipe.qlearning.baseline
+    return EpisodeLog(path, rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
 
 
 def _check_same(recipe: Recipe, folder: RunFolder) -> None:

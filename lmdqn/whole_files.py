@@ -54,7 +54,7 @@ def write_link(link: Path, to: str) -> None:
     os.replace(fresh, link)
 
 
-def swap_in(folder: Path, fill: Callable[[Path], None]) -> None:
+def swap_in(folder: Path, fill: Callable[[Path], object]) -> None:
     """Fill a fresh folder and put it in place of the old one only when it is complete and on the disk."""
     fresh, old = beside(folder), folder.with_name(f".{folder.name}.old")
     for leftover in (fresh, old):

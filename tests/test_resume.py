@@ -43,6 +43,24 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 
 
+EXPERIENCE: dict[str, dict[str, dict[str, Any]]] = {
+    "prioritised, exponential epsilon inside the reference's top-p": {
+        "replay": {"fresh_share": 0.5, "sampling": "prioritised", "capacity_episodes": 14},
+        "rollout": {
+            "epsilon_start": 0.5,
+            "epsilon_decay": "exponential",
+            "epsilon_decay_steps": 2,
+            "reference_top_p": 0.9,
+        },
+    },
+    "by reward, by length, after a minimum, quantiles": {
+        "replay": {"fresh_share": 0.3, "sampling": "reward", "learning_starts_episodes": 12},
+        "rollout": {"prompt_draw": "by_length", "temperature": 0.8},
+        "qlearning": {"max_steps": 4, "value_quantiles": 4, "reference_reset_every": 2},
+    },
+}
+
+
 class StopAt(Tracker):
     """Sends this process a signal when a step is logged, as a person or a scheduler would."""
 
@@ -118,6 +136,38 @@ def test_a_run_stopped_four_times_is_the_run_never_stopped(kind: str, recipe: Ca
     stopped(often, "dqn", 5, resume=True)
     lmdqn.train(often, resume=True)
     assert_equal(Path(straight.output.dir), Path(often.output.dir))
+
+
+@pytest.mark.parametrize("kind", EXPERIENCE)
+def test_every_kind_of_replay_and_exploration_goes_on(kind: str, recipe: Callable[..., lmdqn.Recipe]) -> None:
+    changes = {"warm_start": {"epochs": 1}, "qlearning": {"max_steps": 4}, **EXPERIENCE[kind]}
+    straight, once = recipe("straight", **changes), recipe("once", **changes)
+    lmdqn.train(straight)
+    stopped(once, "dqn", 3)
+    lmdqn.train(once, resume=True)
+    assert_equal(Path(straight.output.dir), Path(once.output.dir))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_log_held_to_a_distance_goes_on(in_memory: bool, recipe: Callable[..., lmdqn.Recipe], tmp_path: Path) -> None:
+    """Rounds join a log in memory or on disk; priorities are of both."""
+    rows = [
+        {"prompt": f"say {w}\n", "response": f"{say} {w}", "reward": k} for w in WORDS for k, say in enumerate("xy")
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    offline = {"path": str(log), "in_memory": in_memory, "rounds": 3, "steps_per_round": 1, "behaviour": "reference"}
+    changes: dict[str, dict[str, Any]] = {
+        "warm_start": {"epochs": 1},
+        "qlearning": {"max_steps": 4},
+        "offline": {**offline, "boltzmann_js_nats": 0.1},
+        "replay": {"fresh_share": 0.5, "sampling": "prioritised"},
+    }
+    straight, once = recipe("straight", **changes), recipe("once", **changes)
+    lmdqn.train(straight)
+    stopped(once, "dqn", 3)
+    lmdqn.train(once, resume=True)
+    assert_equal(Path(straight.output.dir), Path(once.output.dir))
 
 
 def test_an_adapter_goes_on_too(recipe: Callable[..., lmdqn.Recipe], tree: Callable[..., dict[str, Any]]) -> None:

@@ -90,7 +90,7 @@ def no_references(tree: dict[str, Any]) -> None:
     [
         (data_too, "data or tasks, not both: with tasks set tasks.NAME.data"),
         (reward_too, "reward or tasks, not both: with tasks set tasks.NAME.reward"),
-        (neither, "'data' is missing (or 'tasks', for several data sets at once)"),
+        (neither, "there are no 'tasks', and 'data' is missing"),
         (no_tasks, "at least one task"),
         (spaced_name, "not 'my task'"),
         (unknown_key, "'tasks.saying.data.promt'; did you mean 'prompt'?"),

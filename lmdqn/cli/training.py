@@ -1,5 +1,6 @@
 """Commands that run a recipe: train, quickstart, check."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,11 +21,17 @@ PHASE_WORDS = {"mle": "MLE", "dqn": "DQN", "total": "in all"}
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
+    continued: Annotated[
+        str | None,
+        typer.Option("--continue", metavar="RUN", help="Learn on from this finished run, its replay kept."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in output.dir, as if never stopped.")
     ] = False,
 ) -> None:
     """Run a recipe: evaluate the start, warm-start if asked, learn by DQN, evaluate, save."""
+    if continued is not None:  # of a run that was itself continued, the recipe names another
+        overrides = [f"continued={{run: {json.dumps(continued)}}}", "warm_start=null", *(overrides or [])]
     resolved = load(recipe, overrides)
     quiet_transformers()
     from lmdqn import pipeline
@@ -78,6 +85,10 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
             continue
         sizes = [f"{len(load_pairs(task.data, split, resolved.seed))} {split}" for split in SPLITS]
         typer.echo(f"{what}: {', '.join(sizes)}")
+    if resolved.continued is not None:
+        from lmdqn.learn.continuation import finished_run
+
+        typer.echo(f"learning on from: {finished_run(resolved).path}")
     if resolved.offline is not None:
         rows = read_log_rows(Path(resolved.offline.path), resolved.offline.in_memory)
         typer.echo(f"log: {len(rows)} episodes")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Checkpoints:
 
     folder: Path
     keep: int  # the newest so many stay, and the best
-    examples: Sequence[Example]  # what is learnt from; episodes in a state name them by number
+    examples: Sequence[Example]  # what is learnt from
 
     def names(self) -> list[str]:
         """Every checkpoint, oldest first: all of the MLE phase stand before those of the DQN phase."""
@@ -54,8 +54,7 @@ class Checkpoints:
             UserError: it cannot be written. Those that are there stay as they are.
         """
         tensors: dict[str, Tensor] = {}
-        number_of = {id(example): i for i, example in enumerate(self.examples)}
-        rest = _take_tensors(state, "", tensors, number_of)
+        rest = _take_tensors(state, "", tensors)
 
         def fill(fresh: Path) -> None:
             save_file(tensors, fresh / TENSORS)
@@ -81,21 +80,7 @@ class Checkpoints:
             BrokenCheckpointError: a file is not what the manifest says.
             UserError: it was written for other examples.
         """
-        folder = self.folder / name
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise BrokenCheckpointError(f"{folder} is of format {manifest['format']}, not {FORMAT}")
-            for file, expected in manifest["sha256"].items():
-                if _sha256(folder / file) != expected:
-                    raise BrokenCheckpointError(f"{folder / file} is not what was written (its SHA-256 differs)")
-            rest = json.loads((folder / REST).read_text(encoding="utf-8"))
-            written_for = manifest["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BrokenCheckpointError(f"{folder} cannot be read ({error})") from error
-        if written_for != self._data:
-            raise UserError(f"the training data are not those of {folder}: the run cannot be resumed")
-        return _put_tensors(rest, load_file(folder / TENSORS), self.examples)
+        return read_state(self.folder / name, self._data)
 
     def newest(self, say: Callable[[str], None]) -> str | None:
         """The name of the newest sound checkpoint, None where none was ever written.
@@ -131,6 +116,29 @@ class Checkpoints:
         return digest.hexdigest()
 
 
+def read_state(folder: Path, data: str | None = None) -> State:
+    """The state in a checkpoint's folder; `data` is the SHA-256 of the examples that it must be of.
+
+    Raises:
+        BrokenCheckpointError: a file is not what the manifest says.
+        UserError: it was written for other examples.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise BrokenCheckpointError(f"{folder} is of format {manifest['format']}, not {FORMAT}")
+        for file, expected in manifest["sha256"].items():
+            if _sha256(folder / file) != expected:
+                raise BrokenCheckpointError(f"{folder / file} is not what was written (its SHA-256 differs)")
+        rest = json.loads((folder / REST).read_text(encoding="utf-8"))
+        written_for = manifest["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpointError(f"{folder} cannot be read ({error})") from error
+    if data not in (None, written_for):
+        raise UserError(f"the training data are not those of {folder}: the run cannot be resumed")
+    return _put_tensors(rest, load_file(folder / TENSORS))
+
+
 def _unused(path: Path) -> Path:
     number = 1
     wanted = path
@@ -145,31 +153,43 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor], number_of: dict[int, int]) -> Any:
-    """The tree with a mark for each tensor and each list of episodes; the tensors go into `tensors` by path."""
+def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree with a mark for each tensor and each list of episodes; the tensors go into `tensors` by path.
+
+    The examples of episodes stand beside them, each once, so that a state can be read without the data.
+    """
     if isinstance(node, Tensor):
         tensors[path] = node.detach().cpu().contiguous()
         return {"$tensor": path}
     if isinstance(node, dict):
-        return {key: _take_tensors(part, f"{path}/{key}", tensors, number_of) for key, part in node.items()}
+        return {key: _take_tensors(part, f"{path}/{key}", tensors) for key, part in node.items()}
     if isinstance(node, (list, tuple)):
         if node and isinstance(node[0], Episode):
-            return {"$episodes": _take_tensors(pack_episodes(node, number_of), path, tensors, number_of)}
+            examples = {id(episode.example): episode.example for episode in node}
+            number_of = {known: number for number, known in enumerate(examples)}
+            packed = _take_tensors(pack_episodes(node, number_of), path, tensors)
+            return {"$episodes": packed, "examples": [astuple(example) for example in examples.values()]}
         if node and isinstance(node[0], (Tensor, dict, list, tuple)):
-            return [_take_tensors(part, f"{path}/{i}", tensors, number_of) for i, part in enumerate(node)]
+            return [_take_tensors(part, f"{path}/{i}", tensors) for i, part in enumerate(node)]
     return node
 
 
-def _put_tensors(node: Any, tensors: dict[str, Tensor], examples: Sequence[Example]) -> Any:
+def _put_tensors(node: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, list):
-        return [_put_tensors(part, tensors, examples) for part in node]
+        return [_put_tensors(part, tensors) for part in node]
     if not isinstance(node, dict):
         return node
     if "$tensor" in node:
         return tensors[node["$tensor"]]
     if "$episodes" in node:
-        return unpack_episodes(_put_tensors(node["$episodes"], tensors, examples), examples)
-    return {key: _put_tensors(part, tensors, examples) for key, part in node.items()}
+        examples = [Example(*map(_as_tuple, columns)) for columns in node["examples"]]
+        return unpack_episodes(_put_tensors(node["$episodes"], tensors), examples)
+    return {key: _put_tensors(part, tensors) for key, part in node.items()}
+
+
+def _as_tuple(column: Any) -> Any:
+    """What JSON made a list of."""
+    return tuple(map(_as_tuple, column)) if isinstance(column, list) else column
 
 
 def pack_episodes(episodes: Sequence[Episode], number_of: dict[int, int]) -> State:

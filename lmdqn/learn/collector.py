@@ -1,6 +1,6 @@
 """New experience: draw prompts, roll out, add demonstrations, score and centre. What comes out goes into the replay."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -129,6 +129,11 @@ class Collector:
         """Go on from what `state()` gave."""
         self.groups_made = state["groups_made"]
         self._walk.restore(state["walk"])
+        self._running_rewards = dict(state["running_rewards"])
+
+    def go_on_from(self, state: Mapping[str, Any], more: int) -> None:
+        """Number groups after those of a finished run and `more` that joined them, and keep its running rewards."""
+        self.groups_made += state["groups_made"] + more
         self._running_rewards = dict(state["running_rewards"])
 
     def _reference_numbers(self, example: Example) -> list[int]:

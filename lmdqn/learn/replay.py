@@ -49,10 +49,7 @@ class Replay:
             self._priorities.enter(group[0].group for group in self._fresh)
         self._older.extend(self._fresh)
         self._fresh = list(groups)
-        while self._older and self._is_over_capacity():
-            gone = self._older.popleft()
-            if self._priorities is not None:
-                self._priorities.leave(gone[0].group)
+        self._drop_the_oldest()
 
     def sample(self, groups: int, generator: torch.Generator, correction: float = 0.0) -> list[Episode]:
         """Episodes of `groups` groups, in no particular order, each with the weight of its residuals written into it.
@@ -113,6 +110,27 @@ class Replay:
         self._older, self._fresh = deque(groups[:older]), groups[older:]
         if self._priorities is not None:
             self._priorities.restore(state["priorities"])
+
+    def take_over(self, state: Mapping[str, Any], first: int, more: Sequence[Group] = ()) -> None:
+        """Hold what a finished run's replay held by its `state()`, and `more` groups; to a new run all of it is old.
+
+        Their numbers, which are all moved by `first`, must be those of no group of the log. Priorities begin anew: what
+        was learnt of a group by the finished run says little of what is left to learn.
+        """
+        episodes = iter(state["episodes"])
+        groups = [[next(episodes) for _ in range(size)] for size in state["sizes"]]
+        for episode in (e for group in (*groups, *more) for e in group):
+            episode.group += first
+        self._older, self._fresh = deque([*groups, *more]), []
+        if self._priorities is not None:
+            self._priorities.enter(group[0].group for group in self._older)
+        self._drop_the_oldest()
+
+    def _drop_the_oldest(self) -> None:
+        while self._older and self._is_over_capacity():
+            gone = self._older.popleft()
+            if self._priorities is not None:
+                self._priorities.leave(gone[0].group)
 
     def _is_over_capacity(self) -> bool:
         most_tokens = self.recipe.capacity_tokens

@@ -13,6 +13,7 @@ from lmdqn.learn.behaviour import fit_sharpness
 from lmdqn.learn.budget import Budget
 from lmdqn.learn.checkpoint import AfterStep
 from lmdqn.learn.collector import Collector
+from lmdqn.learn.continuation import Continuation
 from lmdqn.learn.guards import Guards
 from lmdqn.learn.objective import Learnt, loss_terms, q_loss
 from lmdqn.learn.optimisation import Optimiser, Skips, rate_factor
@@ -241,6 +242,17 @@ class Trainer:
         for part in _PARTS:
             getattr(self, part).restore(state[part])
         self._start_clock(state["seconds"])
+
+    def go_on_from(self, finished: Continuation) -> None:
+        """Begin with the replay of a finished run and the episodes that join it; networks are those it kept already."""
+        before = len(self.log)  # the log's groups have the numbers before
+        for number, group in enumerate(finished.episodes, start=finished.collector["groups_made"]):
+            for episode in group:
+                episode.group = number
+        self.replay.take_over(finished.replay, before, finished.episodes)
+        if finished.reference_moved:
+            self.replay.forget_reference()
+        self.collector.go_on_from(finished.collector, len(finished.episodes))
 
     @property
     def exploration(self) -> Exploration:

@@ -251,6 +251,14 @@ class Networks:
         """Measure advantages against the online network as it is now; what was measured before is void."""
         self.reference.restore(self.online.weights())
 
+    def go_on_from(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the target network of a finished run's `state()`, which is what it ships, and its reference."""
+        self.online.restore(state["target"])
+        self.target.restore(state["target"])
+        self.reference.restore(state["reference"])
+        if self.first is not None:
+            self.first.restore(state.get("first", state["reference"]))
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The weights of all of them, for a checkpoint."""
         networks = {f.name: getattr(self, f.name) for f in fields(self)}

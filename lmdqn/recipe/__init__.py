@@ -4,6 +4,7 @@ This package is the one place for defaults. A field's description is at once the
 shows from the JSON schema.
 """
 
+from lmdqn.recipe.continued import ContinuedSection
 from lmdqn.recipe.data import Conversation, DataSection, Limits, Splits
 from lmdqn.recipe.decoding import DecodingSection
 from lmdqn.recipe.experience import ReplaySection, RolloutSection
@@ -22,6 +23,7 @@ __all__ = [
     "METRICS",
     "METRICS_OF_REFERENCES",
     "REWARD_TERMS",
+    "ContinuedSection",
     "Conversation",
     "DataSection",
     "DecodingSection",

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from pydantic.config import JsonDict
 
 from lmdqn.errors import UserError
+from lmdqn.recipe.continued import ContinuedSection
 from lmdqn.recipe.data import DataSection
 from lmdqn.recipe.decoding import DecodingSection
 from lmdqn.recipe.experience import ReplaySection, RolloutSection
@@ -72,6 +73,7 @@ class Recipe(Section):
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="how responses are sampled")
     replay: ReplaySection = Field(default_factory=ReplaySection, description="which episodes an update sees")
     offline: OfflineSection | None = Field(None, description="learn from a fixed log of episodes")
+    continued: ContinuedSection | None = Field(None, description="learn on from a finished run")
     qlearning: QLearningSection = Field(default_factory=QLearningSection, description="Q, its targets, loss and budget")
     optimisation: OptimisationSection = Field(default_factory=OptimisationSection, description="how weights move")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="when and how it is measured")
@@ -133,7 +135,7 @@ class Recipe(Section):
     def _one_form(self) -> Self:
         if self.tasks is None:
             if self.data is None:
-                raise ValueError("'data' is missing (or 'tasks', for several data sets at once)")
+                raise ValueError("there are no 'tasks', and 'data' is missing")
             return self
         if self.data is not None or self.reward is not None:
             own = "data" if self.data is not None else "reward"
@@ -183,6 +185,13 @@ class Recipe(Section):
             raise ValueError(
                 "offline.rounds merges rollouts with the log, and with replay.fresh_share=1 updates see only the "
                 "newest rollout: set fresh_share below 1"
+            )
+        if self.continued is not None and self.warm_start is not None:
+            raise ValueError("continued learns on from a run that had its warm start: set warm_start=null")
+        if self.continued is not None and self.replay.fresh_share == 1:
+            raise ValueError(
+                "a continued run keeps its replay, and with replay.fresh_share=1 updates see only the newest rollout: "
+                "set fresh_share below 1, such as replay.fresh_share=0.5"
             )
         if offline is not None and offline.boltzmann_js_nats is not None and qlearning.form == "classic":
             raise ValueError(

@@ -121,16 +121,16 @@ class EpisodeLog(Sequence[list[Episode]]):
         return known or Example("", (), tuple(self.tokenizer(prompt).input_ids), (), prompt)
 
 
-def read_log_rows(file: Path, in_memory: bool) -> Sequence[Row]:
-    """Rows of a .jsonl or .parquet file: a list, or a memory-mapped Arrow table of `datasets`.
+def read_log_rows(file: Path, in_memory: bool, key: str = "offline.path") -> Sequence[Row]:
+    """Rows of a .jsonl or .parquet file: a list, or a memory-mapped Arrow table of `datasets`; `key` named the file.
 
     Raises:
         UserError: there is no such file, or it is malformed.
     """
     if file.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"offline.path {file} must be a .jsonl or .parquet file")
+        raise UserError(f"{key} {file} must be a .jsonl or .parquet file")
     if not file.is_file():
-        raise UserError(f"offline.path: there is no file {file}")
+        raise UserError(f"{key}: there is no file {file}")
     if in_memory:
         return [row for _, row in read_file(file)]
     import datasets
@@ -139,7 +139,7 @@ def read_log_rows(file: Path, in_memory: bool) -> Sequence[Row]:
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise UserError(f"offline.path {file} is not a valid {file.suffix} file ({error})") from error
+        raise UserError(f"{key} {file} is not a valid {file.suffix} file ({error})") from error
 
 
 def write_log(file: Path, episodes: Sequence[Episode]) -> None:

@@ -1,0 +1,17 @@
+"""Recipe section `continued`: learning on from a finished run, its replay kept."""
+
+from pydantic import Field
+
+from lmdqn.recipe.section import Section
+
+
+class ContinuedSection(Section):
+    run: str = Field(
+        description="folder of a finished run: its kept model and value head are learnt on, against its reference "
+        "policy, with its replay; `lmdqn train RECIPE --continue RUN` sets it"
+    )
+    episodes: str | None = Field(
+        None,
+        description="episodes that join its replay, such as responses that people scored: .jsonl or .parquet, as in "
+        "offline.path",
+    )
