@@ -177,7 +177,7 @@ def test_a_signal_closes_the_trackers_and_a_resumed_run_goes_on_in_theirs(
 def test_an_error_closes_the_trackers(recipe: Recipe, fakes: dict[str, list[Any]], tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def score(responses, references, sources):\n    raise ValueError('no luck')\n")
     output = recipe.output.model_copy(update={"trackers": ["wandb"]})
-    reward = recipe.reward.model_copy(update={"mix": {f"{tmp_path}/bad.py:score": 1.0}})
+    reward = recipe.only_task.reward.model_copy(update={"mix": {f"{tmp_path}/bad.py:score": 1.0}})
     with pytest.raises(UserError, match="no luck"):
         lmdqn.train(recipe.model_copy(update={"output": output, "reward": reward}))
     assert fakes["wandb"][-1] == ("finish", "id1")
