@@ -190,8 +190,7 @@ def test_a_recipe_that_cannot_continue(
     words = [f"output.dir={tmp_path / 'following'}", "output.overwrite=true", override.replace("RUN", str(run))]
     refused = command_line("train", run / "recipe.yaml", "--continue", run, *words)
     assert refused.code == 2
-    assert told in refused.err
-    assert refused.err.count("\n") == 1
+    assert told in refused.err.splitlines()[-1]
     assert not (tmp_path / "following").exists()
     assert (run / "results.json").exists()
 

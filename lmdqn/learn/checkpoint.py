@@ -165,10 +165,10 @@ def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {key: _take_tensors(part, f"{path}/{key}", tensors) for key, part in node.items()}
     if isinstance(node, (list, tuple)):
         if node and isinstance(node[0], Episode):
-            examples = {id(episode.example): episode.example for episode in node}
-            number_of = {known: number for number, known in enumerate(examples)}
+            examples = {example: number for number, example in enumerate(dict.fromkeys(e.example for e in node))}
+            number_of = {id(episode.example): examples[episode.example] for episode in node}
             packed = _take_tensors(pack_episodes(node, number_of), path, tensors)
-            return {"$episodes": packed, "examples": [astuple(example) for example in examples.values()]}
+            return {"$episodes": packed, "examples": [astuple(example) for example in examples]}
         if node and isinstance(node[0], (Tensor, dict, list, tuple)):
             return [_take_tensors(part, f"{path}/{i}", tensors) for i, part in enumerate(node)]
     return node

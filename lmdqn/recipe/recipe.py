@@ -47,10 +47,11 @@ class OutputSection(Section):
     tracked_samples: int = Field(4, ge=0, description="validation responses that trackers show at each evaluation")
 
 
+_SECTION: JsonDict = {"type": "object"}
 _NULL: JsonDict = {"type": "null"}
 ONE_FORM: list[JsonValue] = [  # of a recipe's two, for the JSON schema
-    {"required": ["data"], "properties": {"data": {"type": "object"}, "tasks": _NULL}},
-    {"required": ["tasks"], "properties": {"tasks": {"type": "object"}, "data": _NULL, "reward": _NULL}},
+    {"required": ["data"], "properties": {"data": _SECTION, "reward": _SECTION, "tasks": _NULL}},
+    {"required": ["tasks"], "properties": {"tasks": _SECTION, "data": _NULL, "reward": _NULL}},
 ]
 
 
@@ -127,8 +128,8 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_reward(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("tasks") is None and given.get("reward") is None:
-            return {**given, "reward": {}}
+        if isinstance(given, dict) and given.get("tasks") is None:
+            return {"reward": {}, **given}
         return given
 
     @model_validator(mode="after")
@@ -136,6 +137,8 @@ class Recipe(Section):
         if self.tasks is None:
             if self.data is None:
                 raise ValueError("there are no 'tasks', and 'data' is missing")
+            if self.reward is None:
+                raise ValueError("reward: input should be a mapping, such as reward.mix, not None")
             return self
         if self.data is not None or self.reward is not None:
             own = "data" if self.data is not None else "reward"

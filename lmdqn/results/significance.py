@@ -53,22 +53,28 @@ def paired_significance(
     weights = weights if weights and systems[baseline].tasks else {}
     sizes = [len(systems[baseline].tasks[task].responses) for task in weights] or [count]
     ends = np.cumsum(sizes)
+    shares = np.array(list(weights.values()) or [1.0])
+    shares /= shares.sum()
+
+    def mean(scores: np.ndarray) -> np.ndarray:
+        """Over examples, and then over the tasks by their weights: (..., count) -> (...)."""
+        spans = zip(shares, ends, sizes, strict=True)
+        return np.sum([share * scores[..., end - size : end].mean(axis=-1) for share, end, size in spans], axis=0)
+
     drawn = [generator.integers(end - size, end, size=(samples, size)) for end, size in zip(ends, sizes, strict=True)]
     resamples = np.concatenate(drawn, axis=1)  # (samples, count)
-    parts = np.array(list(weights.values()) or [1.0])
-    share = np.repeat(parts / parts.sum() / sizes, sizes)  # (count,) of each example in the mean
     signs = generator.choice([-1.0, 1.0], size=(samples, count)) if kind == "randomisation" else None
     for name, system in systems.items():
         for metric, scores in system.per_response.items():
-            scaled = in_table_unit(metric, scores) * share
-            low, high = np.percentile(scaled[resamples].sum(axis=1), [2.5, 97.5])
+            scaled = in_table_unit(metric, scores)
+            low, high = np.percentile(mean(scaled[resamples]), [2.5, 97.5])
             result.interval[name][metric] = float(low), float(high)
             if name != baseline and metric in systems[baseline].per_response:
-                gains = scaled - in_table_unit(metric, systems[baseline].per_response[metric]) * share
-                by_chance = (gains * signs).sum(axis=1) if signs is not None else gains[resamples].sum(axis=1)
+                gains = scaled - in_table_unit(metric, systems[baseline].per_response[metric])
+                by_chance = mean(gains * signs) if signs is not None else mean(gains[resamples])
                 if signs is None:
                     by_chance -= by_chance.mean()
-                result.p_value[name][metric] = _p_value(by_chance, float(gains.sum()))
+                result.p_value[name][metric] = _p_value(by_chance, float(mean(gains)))
     for task, end, size in zip(weights, ends, sizes, strict=False):
         own = {name: system.tasks[task] for name, system in systems.items()}
         result.tasks[task] = paired_significance(own, baseline, references[end - size : end], samples, kind)
