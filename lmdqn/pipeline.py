@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -288,4 +289,11 @@ class _Run:
 
 
 def _samples(examples: Sequence[Example], responses: Sequence[str]) -> list[Sample]:
-    return [(e.source, e.references[0] if e.references else "", r) for e, r in zip(examples, responses, strict=True)]
+    """What trackers show the first of: several tasks take turns."""
+    turns: Counter[str] = Counter()
+    placed = []
+    for example, response in zip(examples, responses, strict=True):
+        reference = example.references[0] if example.references else ""
+        placed.append((turns[example.task], (example.source, reference, response)))
+        turns[example.task] += 1
+    return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])]

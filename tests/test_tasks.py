@@ -16,8 +16,11 @@ from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError
 from lmdqn.learn.collector import Collector
 from lmdqn.learn.prompt_draw import ExampleWalk
+from lmdqn.pipeline import _samples
 from lmdqn.recipe import RewardSection, TaskSection, dump_recipe, load_recipe, recipe_schema, validate
 from lmdqn.results.evaluate import score_responses, score_tasks
+from lmdqn.results.model_card import Published, model_card, snippet
+from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import paired_significance
 from lmdqn.results.tracking import Tracker
 from lmdqn.text.rewards import Reward, TaskRewards
@@ -312,6 +315,24 @@ def test_check_reads_every_tasks_data(
     refused = command_line("check", recipe, "tasks.echoing.data.path=nowhere")
     assert refused.code == 2
     assert "nowhere" in refused.err
+
+
+def test_the_model_card_has_every_task(folder: Path) -> None:
+    run = RunFolder(folder / "run")
+    recipe = load_recipe(run.recipe)
+    published = Published("jane/both", "main", is_adapter=False, is_seq2seq=False)
+    card = str(model_card(recipe, run.read_results(), 10, published))
+    for words in ("Task `saying`, weight 2", "`echoing`:", "mean over the tasks", "1 `rougeL` + 0.25 `length`"):
+        assert words in card
+    assert str(folder) not in card
+    measured = model_card(recipe, run.read_results(), 10, published).data.to_dict()["model-index"][0]["results"]
+    assert {result["dataset"]["name"] for result in measured} == {"saying", "echoing"}
+    assert 'prompt = "say {source}: "' in snippet(recipe, published)
+
+
+def test_trackers_are_shown_samples_of_each_task() -> None:
+    shown = _samples([example("a"), example("a"), example("b")], ["1", "2", "3"])
+    assert [response for _, _, response in shown] == ["1", "3", "2"]
 
 
 def test_a_run_says_what_it_read(folder: Path) -> None:

@@ -49,7 +49,7 @@ class Rollout:
     tokenizer: Any
     max_response_tokens: int
     batch_examples: int = 64
-    limits: Mapping[str, int] = field(default_factory=dict)  # of tasks whose responses must be shorter, in tokens
+    limits: Mapping[str, int] = field(default_factory=dict)  # longest response of each task, in tokens
 
     def sample(
         self,
