@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from lmdqn.errors import UserError
-from lmdqn.recipe import METRICS, load_recipe
+from lmdqn.recipe import METRICS, RewardSection, load_recipe
 from lmdqn.results.browser import browser_content
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.results.page import render
@@ -67,32 +67,42 @@ def compare_runs(
     folders = {_name(run, runs): RunFolder(Path(run)) for run in runs}
     if len(folders) < len(runs):
         raise UserError("compare was given the same run twice")
-    for folder in folders.values():
-        folder.read_results()
-    recipes = [load_recipe(folder.recipe) for folder in folders.values()]
-    if task is not None and all(recipe.tasks is None for recipe in recipes):
+    read = [_read(folder, task) for folder in folders.values()]
+    if task is not None and not any(one.task for one in read):
         raise UserError(f"--task {task}: these runs have one task each, which has no name")
-    tasks = ["" if recipe.tasks is None else task or "" for recipe in recipes]
-    rewards = [
-        (recipe.for_task(name) if name else recipe).only_task.reward
-        for recipe, name in zip(recipes, tasks, strict=True)
-    ]
-    evaluations = {
-        name: folder.read_evaluation("dqn", of) for (name, folder), of in zip(folders.items(), tasks, strict=True)
-    }
-    lines = [folder.read_predictions(of) for folder, of in zip(folders.values(), tasks, strict=True)]
-    for folder, others in zip(list(folders.values())[1:], lines[1:], strict=True):
-        _check_same_test(next(iter(folders.values())), lines[0], folder, others)
-    metric = metric or recipes[0].evaluation.metric
+    for folder, one in zip(folders.values(), read, strict=True):
+        _check_same_test(next(iter(folders.values())), read[0].lines, folder, one.lines)
+    evaluations = {name: one.evaluation for name, one in zip(folders, read, strict=True)}
+    lines, metric = read[0].lines, metric or read[0].metric
     note = ""
-    if any(reward != rewards[0] for reward in rewards):
+    if any(one.reward != read[0].reward for one in read):
         note = "the runs' rewards differ, so they are not compared by reward"
         for evaluation in evaluations.values():
             del evaluation.metrics["reward"], evaluation.per_response["reward"]
     _check_metric(metric, evaluations, note)
-    references = [line["references"] for line in lines[0]]
+    references = [line["references"] for line in lines]
     significance = paired_significance(evaluations, next(iter(evaluations)), references, samples, kind)
-    return Comparison(evaluations, significance, metric, kind, lines[0], note)
+    return Comparison(evaluations, significance, metric, kind, lines, note)
+
+
+class _Read(NamedTuple):
+    """What is compared of a run."""
+
+    task: str  # "" where it has but one
+    reward: RewardSection
+    metric: str  # its evaluation.metric
+    evaluation: Evaluation  # of its DQN responses
+    lines: list[dict[str, Any]]  # its predictions.jsonl
+
+
+def _read(folder: RunFolder, task: str | None) -> _Read:
+    """A run that has ended, or one of its several tasks."""
+    folder.read_results()
+    recipe = load_recipe(folder.recipe)
+    name = "" if recipe.tasks is None else task or ""
+    reward = (recipe.for_task(name) if name else recipe).only_task.reward
+    evaluation, lines = folder.read_evaluation("dqn", name), folder.read_predictions(name)
+    return _Read(name, reward, recipe.evaluation.metric, evaluation, lines)
 
 
 def comparison_table(comparison: Comparison) -> Table:
