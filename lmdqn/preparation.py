@@ -109,8 +109,7 @@ def _read_log(
         return ()
     file, longest = Path(offline.path), recipe.data.max_response_tokens
     rows = read_log_rows(file, offline.in_memory)
-    centre = recipe.qlearning.baseline
-    log = EpisodeLog(str(file), rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
+    log = EpisodeLog(str(file), rows, loaded.tokenizer, loaded.layout, examples, longest, recipe.qlearning)
     needed_by = "offline.boltzmann_js_nats" if offline.boltzmann_js_nats is not None else "qlearning.importance"
     if offline.boltzmann_js_nats is not None or recipe.qlearning.importance != "none":
         log.check_behaviour(needed_by, offline.behaviour)

@@ -19,7 +19,7 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import Networks
 from lmdqn.model.rollout import Rollout, measure_log_probs
 from lmdqn.recipe import Recipe
-from lmdqn.text.rewards import Reward
+from lmdqn.text.rewards import Reward, centre
 
 
 class Prompt(NamedTuple):
@@ -136,14 +136,7 @@ class Collector:
         return order[:wanted].tolist() if wanted else []
 
     def _centre(self, groups: Sequence[Group]) -> None:
-        """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone.
-
-        Only sampled rewards count, so that demonstrations, which are better, push no sample down.
-        """
-        kind = self.recipe.qlearning.baseline
         mean = fmean(e.reward for group in groups for e in group if not e.demonstration)
         self._running_reward = mean if self._running_reward is None else 0.9 * self._running_reward + 0.1 * mean
         for group in groups:
-            of_group = fmean(e.reward for e in group if not e.demonstration)
-            for episode in group:
-                episode.baseline = {"group": of_group, "running": self._running_reward, "none": 0.0}[kind]
+            centre(group, self._running_reward, self.recipe.qlearning)
