@@ -56,6 +56,11 @@ class ValueHead(nn.Module):
         inner = nn.functional.gelu(self.inner(seen))
         return self.scale * self.outer(inner).float()
 
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """From here on see features (F,) less their mean, over their deviation; one that does not vary, not at all."""
+        self.feature_mean.copy_(mean)
+        self.feature_rate.copy_(torch.where(deviation > 1e-6, 1 / deviation, 0.0))
+
 
 class StateOutputs(NamedTuple):
     """What a network says about the N states of a batch."""
@@ -260,14 +265,9 @@ class Networks:
             self.target.restore(self.online.weights())
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """Let every value head see its features (F,) less their mean, over their standard deviation.
-
-        One that does not vary is not looked at.
-        """
-        rate = torch.where(deviation > 1e-6, 1 / deviation, 0.0)
+        """Tell every value head the mean and standard deviation (F,) of its features."""
         for network in filter(None, (self.online, self.target, self.reference, self.first)):
-            network.value_head.feature_mean.copy_(mean)
-            network.value_head.feature_rate.copy_(rate)
+            network.value_head.standardise(mean, deviation)
 
     def reset_reference(self) -> None:
         """Measure advantages against the online network as it is now; what was measured before is void."""
