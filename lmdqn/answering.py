@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from lmdqn.episodes import MATCH_FEATURES, Episode, Example
+from lmdqn.episodes import VALUE_FEATURES, Episode, Example
 from lmdqn.errors import UserError
 from lmdqn.model.decoding import respond
 from lmdqn.model.exploration import exploration_at
@@ -69,14 +69,14 @@ def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Ca
             )
         head = load_value_head(folder.model, hidden)
     else:
-        head = ValueHead(hidden, MATCH_FEATURES, qlearning.beta)
+        head = ValueHead(hidden, VALUE_FEATURES, qlearning.beta)
     device = accelerator_for(recipe).device
     network, rollout = QNetwork(loaded.model, head.to(device)), rollout_of(loaded, recipe)
 
     @cache
     def reference() -> QNetwork:
         model = load_on_device(folder.reference_name(recipe), recipe).model
-        return QNetwork(model, ValueHead(hidden, MATCH_FEATURES, qlearning.beta).to(device))
+        return QNetwork(model, ValueHead(hidden, VALUE_FEATURES, qlearning.beta).to(device))
 
     return lambda examples: respond(network, rollout, examples, decoding, recipe.seed, reference)
 
@@ -92,7 +92,7 @@ def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: 
     if exploration.needs_reference:
         raise UserError("rollout.reference_top_k and reference_top_p need a reference beside the model: drop them")
     examples = _encoded_split(loaded, recipe, split)
-    network = QNetwork(loaded.model, ValueHead(hidden_size(loaded.model), MATCH_FEATURES, recipe.qlearning.beta))
+    network = QNetwork(loaded.model, ValueHead(hidden_size(loaded.model), VALUE_FEATURES, recipe.qlearning.beta))
     network.to(accelerator_for(recipe).device)
     samples, groups = recipe.rollout.samples, range(len(examples))
     episodes = rollout_of(loaded, recipe).sample(network, examples, samples, exploration, recipe.seed, groups)

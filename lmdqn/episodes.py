@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 MATCH_FEATURES = 9  # numbers a state that say how the response so far matches the references
+VALUE_FEATURES = MATCH_FEATURES + 1  # what the value head sees beside the hidden state: those, and `peers`
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Episode:
     reward: float = 0.0
     terms: dict[str, float] = field(default_factory=dict)  # the reward's parts, unweighted
     baseline: float = 0.0  # what the reward is centred by
+    peers: float | None = None  # mean reward of the prompt's other samples, where the value head may know it
     weight: float = 1.0  # of its residuals in the batch it was last drawn into
 
 
@@ -70,7 +72,7 @@ class Batch:
     rewards: Tensor  # (B, T) reward of each token, centred by the baseline
     reference_log_probs: Tensor  # (B, T) nats
     behaviour_log_probs: Tensor  # (B, T) nats
-    match_features: Tensor  # (B, T + 1, MATCH_FEATURES), zero where not measured
+    value_features: Tensor  # (B, T + 1, VALUE_FEATURES), NaN where not measured
     groups: Tensor  # (B,) int64
     weights: Tensor  # (B,) what each episode's residuals weigh
     demonstrations: Tensor  # (B,) bool, references and not samples
@@ -153,7 +155,7 @@ def make_batch(episodes: Sequence[Episode], layout: SequenceFormat) -> Batch:
         rewards=rewards,
         reference_log_probs=_pad_measured([e.reference_log_probs for e in episodes], response_ids.shape),
         behaviour_log_probs=_pad_measured([e.behaviour_log_probs for e in episodes], response_ids.shape),
-        match_features=_pad_measured([e.match_features for e in episodes], (*state_mask.shape, MATCH_FEATURES)),
+        value_features=_value_features(episodes, state_mask.shape),
         groups=torch.tensor([e.group for e in episodes]),
         weights=torch.tensor([e.weight for e in episodes]),
         demonstrations=torch.tensor([e.demonstration for e in episodes]),
@@ -256,6 +258,16 @@ def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id)
     mask = pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
     return ids, mask
+
+
+def _value_features(episodes: Sequence[Episode], shape: tuple[int, ...]) -> Tensor:
+    features = torch.full((*shape, VALUE_FEATURES), torch.nan)
+    for i, episode in enumerate(episodes):
+        if episode.match_features is not None:
+            features[i, : len(episode.match_features), :MATCH_FEATURES] = episode.match_features
+        if episode.peers is not None:
+            features[i, :, MATCH_FEATURES] = episode.peers
+    return features
 
 
 def _pad_measured(rows: list[Tensor | None], shape: tuple[int, ...]) -> Tensor:

@@ -163,8 +163,8 @@ def _open_log(
     path: str, key: str, recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], in_memory: bool
 ) -> EpisodeLog:
     rows = read_log_rows(Path(path), in_memory, key)
-    longest, centre = recipe.max_response_tokens, recipe.qlearning.baseline
-    return EpisodeLog(path, rows, loaded.tokenizer, loaded.layout, examples, longest, centre)
+    longest = recipe.max_response_tokens
+    return EpisodeLog(path, rows, loaded.tokenizer, loaded.layout, examples, longest, recipe.qlearning)
 
 
 def _check_same(recipe: Recipe, folder: RunFolder) -> None:

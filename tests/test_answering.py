@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lmdqn
 from lmdqn.answering import load_for_use
 from lmdqn.chat import Chat
-from lmdqn.episodes import MATCH_FEATURES
+from lmdqn.episodes import VALUE_FEATURES
 from lmdqn.model.loading import load_model
 from lmdqn.model.qnetwork import ValueHead
 from lmdqn.recipe import Recipe, dump_recipe
@@ -126,7 +126,7 @@ def test_values_are_those_that_inspect_shows(tmp_path: Path, talk: CommandLine, 
     shutil.copytree(run / "model", run / "reference")
     save_file({name: tensor * 1.5 for name, tensor in load_file(run / "model/model.safetensors").items()},
               run / "reference/model.safetensors", metadata={"format": "pt"})  # fmt: skip
-    head = ValueHead(32, MATCH_FEATURES, 0.01)
+    head = ValueHead(32, VALUE_FEATURES, 0.01)
     save_file(head.state_dict(), run / "model/value_head.safetensors", metadata={"scale": "0.01"})
     ran = talk(run, "/values", "cat", "/values")
     assert ran.code == 0, ran.err

@@ -50,6 +50,7 @@ def test_responses_and_what_was_measured(layout: SequenceFormat) -> None:
     first.behaviour_log_probs = torch.tensor([-0.5, -0.25, -0.125])
     second.reference_log_probs = torch.tensor([-4.0, -5.0])
     third.match_features = torch.arange(2.0 * MATCH_FEATURES).reshape(2, MATCH_FEATURES)
+    third.peers = 0.25
     batch = make_batch([first, third, second], layout)
     assert batch.response_ids.tolist() == [[20, 21, EOS], [EOS, PAD, PAD], [22, 23, PAD]]
     assert rows(batch.response_mask) == ["111", "100", "110"]
@@ -57,9 +58,10 @@ def test_responses_and_what_was_measured(layout: SequenceFormat) -> None:
     assert batch.rewards.tolist() == [[0.0, 0.0, 0.75], [0.125, 0.0, 0.0], [0.0, -0.25, 0.0]]
     assert batch.reference_log_probs.tolist() == [[-1.0, -2.0, -3.0], [0.0] * 3, [-4.0, -5.0, 0.0]]
     assert batch.behaviour_log_probs.tolist() == [[-0.5, -0.25, -0.125], [0.0] * 3, [0.0] * 3]
-    assert batch.match_features.shape == (3, 4, MATCH_FEATURES)
-    assert torch.equal(batch.match_features[1, :2], third.match_features)
-    assert batch.match_features.count_nonzero() == third.match_features.count_nonzero()
+    assert batch.value_features.shape == (3, 4, MATCH_FEATURES + 1)
+    assert torch.equal(batch.value_features[1, :2, :-1], third.match_features)
+    assert batch.value_features[1, :, -1].tolist() == [0.25] * 4
+    assert int((~batch.value_features.isnan()).sum()) == third.match_features.numel() + 4
     assert batch.groups.tolist() == [4, 6, 4]
 
 

@@ -99,7 +99,8 @@ def test_every_number_is_that_of_plain_transformers(moved: Path) -> None:
         assert len(one.steps) == len(response)
         for t, (token, step) in enumerate(zip(response, one.steps, strict=True)):
             place = len(ids) - 1 + t
-            seen = torch.cat([hidden[place], episode.match_features[t]])
+            features = (episode.match_features[t] - head["feature_mean"][:-1]) * head["feature_rate"][:-1]
+            seen = torch.cat([hidden[place], features.clamp(-10, 10), torch.zeros(1)])  # it has no peers
             inner = torch.nn.functional.gelu(head["inner.weight"] @ seen + head["inner.bias"])
             value = BETA * float(head["outer.weight"][0] @ inner + head["outer.bias"][0])
             nats = float(new[place, token] - old[place, token])

@@ -10,6 +10,7 @@ import torch
 
 from lmdqn.episodes import Episode, Example, SequenceFormat
 from lmdqn.errors import UserError
+from lmdqn.recipe import QLearningSection
 from lmdqn.text.episode_log import EpisodeLog, read_log_rows, write_log
 from tests.conftest import Ran
 
@@ -26,9 +27,10 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def open_log(file: Path, tokenizer: Any, in_memory: bool = True, centre: str = "none", **more: Any) -> EpisodeLog:
+def open_log(file: Path, tokenizer: Any, in_memory: bool = True, baseline: Any = "none", **more: Any) -> EpisodeLog:
+    recipe = QLearningSection(baseline=baseline)
     rows = read_log_rows(file, in_memory)
-    return EpisodeLog(str(file), rows, tokenizer, LAYOUT, more.get("examples", ()), more.get("longest", 10), centre)
+    return EpisodeLog(str(file), rows, tokenizer, LAYOUT, more.get("examples", ()), more.get("longest", 10), recipe)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -114,7 +116,7 @@ def test_what_a_log_cannot_be(byte_tokenizer: Any, tmp_path: Path) -> None:
         open_log(write_rows(tmp_path / "empty.jsonl", []), byte_tokenizer)
     single = write_rows(tmp_path / "single.jsonl", ROWS[:2])
     with pytest.raises(UserError, match="baseline=running"):
-        open_log(single, byte_tokenizer, centre="group")
+        open_log(single, byte_tokenizer, baseline="group")
     with pytest.raises(UserError, match=r"row 2 has no behaviour_log_probs, which qlearning.importance needs"):
         open_log(single, byte_tokenizer).check_behaviour("qlearning.importance", "logged")
     open_log(single, byte_tokenizer).check_behaviour("qlearning.importance", "reference")

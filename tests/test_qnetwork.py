@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lmdqn.episodes import MATCH_FEATURES, Batch, Episode, Example, make_batch
+from lmdqn.episodes import VALUE_FEATURES, Batch, Episode, Example, make_batch
 from lmdqn.model.loading import LoadedModel, load_model, load_trained
 from lmdqn.model.qnetwork import Networks, over_vocabulary, trained_parameters
 from lmdqn.recipe import Lora, ModelSection, OutputSection, validate
@@ -113,13 +113,27 @@ def test_the_value_head_sends_no_gradient_into_the_language_model(loaded: Loaded
     assert networks.online.value_head.outer.weight.grad is not None
 
 
-def test_the_value_head_sees_match_features(loaded: LoadedModel) -> None:
+def test_the_value_head_sees_features_by_their_distance_from_the_usual(loaded: LoadedModel) -> None:
     networks = Networks.build(loaded, beta=0.1, seed=0)
     nudge(networks)
     batch = a_batch(loaded)
-    before = networks.online(batch).values
-    batch.match_features[..., MATCH_FEATURES - 1] = 1.0
-    assert not torch.allclose(networks.online(batch).values, before)
+    batch.value_features[:] = torch.nan
+    unknown = networks.online(batch).values
+    mean, deviation = torch.full((VALUE_FEATURES,), 0.5), torch.full((VALUE_FEATURES,), 0.25)
+    deviation[0] = 0.0  # this one never varied: nothing is to be learnt from it
+    networks.standardise(mean, deviation)
+    batch.value_features[:] = 0.5
+    assert torch.allclose(networks.online(batch).values, unknown)
+    batch.value_features[..., 0] = 1.0
+    assert torch.allclose(networks.online(batch).values, unknown)
+    batch.value_features[..., VALUE_FEATURES - 1] = 1.0
+    seen = networks.online(batch).values
+    assert not torch.allclose(seen, unknown)
+    deviation[-1] = 1e-3
+    networks.standardise(mean, deviation)
+    assert networks.online(batch).values.isfinite().all()  # 500 deviations away, it counts as 10
+    for follower in (networks.target, networks.reference):
+        assert torch.equal(follower.value_head.feature_rate, networks.online.value_head.feature_rate)
 
 
 def test_under_lora_the_base_is_held_once(loaded: LoadedModel) -> None:

@@ -4,13 +4,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError
-from lmdqn.recipe import REWARD_TERMS, RewardSection
+from lmdqn.recipe import REWARD_TERMS, QLearningSection, RewardSection
 from lmdqn.text import metrics
-from lmdqn.text.rewards import Reward
+from lmdqn.text.rewards import Reward, centre
 
 RESPONSES = ["The cat sat on the mat .", "a b c d a b c d", "nothing of it"]
 REFERENCES = [["the cat is on the mat .", "a cat sat there"], ["a b c d"], ["all else by far", "and more of it"]]
@@ -189,3 +191,29 @@ def test_user_file_with_a_syntax_error(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"broken\.py:f': cannot load .*broken\.py"):
         Reward(RewardSection(mix={f"{tmp_path}/broken.py:f": 1}))
+
+
+# --- what an episode is measured against --------------------------------------------------------------------------
+
+
+def a_group(*rewards: float) -> list[Episode]:
+    """Samples with those rewards, and a demonstration with reward 1."""
+    example = Example("", ("",), (5,), ((2,),), "")
+    samples = [Episode(example, [2], False, 0, reward=reward) for reward in rewards]
+    return [*samples, Episode(example, [2], False, 0, demonstration=True, reward=1.0)]
+
+
+@pytest.mark.parametrize(("baseline", "centre_of_all"), [("group", 0.5), ("running", 0.3), ("none", 0.0)])
+def test_peers_are_the_other_samples(baseline: Any, centre_of_all: float) -> None:
+    group = a_group(0.25, 0.5, 0.75)
+    centre(group, 0.3, QLearningSection(baseline=baseline))
+    assert [e.baseline for e in group] == [centre_of_all] * 4
+    assert [e.peers for e in group] == [0.625, 0.5, 0.375, 0.5]
+
+
+def test_a_sample_alone_has_no_peers_and_a_value_head_that_ranks_may_see_none() -> None:
+    alone, blind = a_group(0.25), a_group(0.25, 0.5)
+    centre(alone, 0.3, QLearningSection(baseline="running"))
+    centre(blind, 0.3, QLearningSection(value_sees_references=False))
+    assert [e.peers for e in alone] == [None, 0.25]
+    assert [e.peers for e in blind] == [None] * 3

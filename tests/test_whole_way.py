@@ -161,7 +161,7 @@ def test_the_runs_folder_keeps_its_contract(causal_run: Path, farm: Path) -> Non
     }  # fmt: skip
     assert load_recipe(causal_run / "recipe.yaml").only_task.data.path == str(farm)
     results = json.loads((causal_run / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"test", "interval", "p_value", "seconds", "environment"}
+    assert set(results) == {"test", "interval", "p_value", "seconds", "peak_memory_mib", "environment"}
     for phase in ("start", "mle", "dqn"):
         assert {"bleu", "rouge1", "rouge2", "rougeL", "chrf", "length_words", "distinct2"} <= set(
             results["test"][phase]

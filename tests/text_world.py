@@ -65,6 +65,9 @@ class TableHead(nn.Module):
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         return self.scale * self.outer(hidden.detach())
 
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """A table sees no features."""
+
 
 class World:
     """All responses of up to `length` tokens and their rewards; the reference policy is random, too."""

@@ -19,7 +19,7 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import Networks
 from lmdqn.model.rollout import Rollout, measure_log_probs
 from lmdqn.recipe import Recipe
-from lmdqn.text.rewards import TaskRewards
+from lmdqn.text.rewards import TaskRewards, centre
 
 
 class Prompt(NamedTuple):
@@ -142,11 +142,6 @@ class Collector:
         return order[:wanted].tolist() if wanted else []
 
     def _centre(self, groups: Sequence[Group]) -> None:
-        """Write each episode's baseline: it moves V by a constant of the prompt and leaves the advantages alone.
-
-        Only sampled rewards count, so that demonstrations, which are better, push no sample down.
-        """
-        kind = self.recipe.qlearning.baseline
         rewards: dict[str, list[float]] = {}
         for episode in (e for group in groups for e in group if not e.demonstration):
             rewards.setdefault(episode.example.task, []).append(episode.reward)
@@ -154,7 +149,4 @@ class Collector:
             mean = fmean(of_task)
             self._running_rewards[task] = 0.9 * self._running_rewards.get(task, mean) + 0.1 * mean
         for group in groups:
-            of_group = fmean(e.reward for e in group if not e.demonstration)
-            running = self._running_rewards[group[0].example.task]
-            for episode in group:
-                episode.baseline = {"group": of_group, "running": running, "none": 0.0}[kind]
+            centre(group, self._running_rewards[group[0].example.task], self.recipe.qlearning)

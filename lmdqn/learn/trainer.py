@@ -270,6 +270,8 @@ class Trainer:
         shares = self._shares(episodes)  # of each process, its micro-batches
         device = self.networks.online.device
         batches = [make_batch(part, self.rollout.layout).to(device) for part in shares[self.processes.rank]]
+        if self.updates == 0 and recipe.qlearning.value_sees_references:
+            self._standardise(batches)
         terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
         learnt: list[Learnt] = []
 
@@ -303,6 +305,17 @@ class Trainer:
             dealt = [episode for group in self.processes.share(groups, rank) for episode in group]
             shares.append(micro_batches(dealt, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens))
         return shares
+
+    def _standardise(self, batches: Sequence[Batch]) -> None:
+        """Measure what the value head sees by its mean and spread over the first batch, of all processes."""
+        seen = torch.cat([batch.value_features[batch.state_mask] for batch in batches]).double()  # (N, F)
+        known = ~seen.isnan()
+        seen = seen.nan_to_num(0.0)
+        moments = self.processes.together(lambda: torch.stack([known.sum(0), seen.sum(0), (seen**2).sum(0)]).cpu())
+        count, total, squares = torch.stack(moments).sum(0)
+        mean = total / count.clamp(min=1)
+        variance = squares / count.clamp(min=1) - mean**2
+        self.networks.standardise(mean.float(), variance.clamp(min=0).sqrt().float())
 
     def _start_clock(self, already_s: float) -> None:
         self.budget = Budget(

@@ -47,7 +47,9 @@ class QLearningSection(Section):
         None, ge=2, description="the value head gives this many quantiles of the return, learnt by quantile regression"
     )
     value_sees_references: bool = Field(
-        True, description="in training the value head also sees how the prefix matches the references"
+        True,
+        description="in training the value head also sees how the prefix matches the references, and how the "
+        "prompt's other samples fared",
     )
     conservative: float = Field(
         0.0, ge=0, description="weight of the conservative term, log sum pi_0 exp(Q/beta) - Q(s, a)/beta a token"

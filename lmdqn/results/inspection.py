@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmdqn.answering import load_on_device, rollout_of
-from lmdqn.episodes import MATCH_FEATURES, Episode, Example, make_batch
+from lmdqn.episodes import VALUE_FEATURES, Episode, Example, make_batch
 from lmdqn.errors import UserError
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.model.exploration import Exploration
@@ -89,7 +89,7 @@ def inspect_run(run: str | Path, pairs: Sequence[Pair], recipe: Recipe | None = 
     after = [_view(network, episode, loaded) for episode in episodes]
     del network, loaded
     loaded = load_on_device(folder.reference_name(recipe), recipe)
-    zero = ValueHead(hidden_size(loaded.model), MATCH_FEATURES, recipe.qlearning.beta).to(loaded.model.device)
+    zero = ValueHead(hidden_size(loaded.model), VALUE_FEATURES, recipe.qlearning.beta).to(loaded.model.device)
     reference = QNetwork(loaded.model, zero)
     before = [_view(reference, episode, loaded) for episode in episodes]
     texts = rollout_of(loaded, recipe).greedy(loaded.model, examples)

@@ -11,7 +11,9 @@ import torch
 
 from lmdqn.episodes import Episode, Example, SequenceFormat
 from lmdqn.errors import UserError
+from lmdqn.recipe import QLearningSection
 from lmdqn.text.data import Row, read_file
+from lmdqn.text.rewards import centre
 
 
 @dataclass
@@ -27,7 +29,7 @@ class EpisodeLog(Sequence[list[Episode]]):
     layout: SequenceFormat
     examples: Sequence[Example]
     max_response_tokens: int
-    centre: str  # what rewards are centred by: group, running (here the log's mean) or none
+    recipe: QLearningSection  # its running baseline is here the log's mean
     _places: list[list[int]] = field(init=False)  # rows of each group
     _mean_reward: float = field(init=False)
 
@@ -42,7 +44,7 @@ class EpisodeLog(Sequence[list[Episode]]):
             raise UserError(f"{self.origin} holds no episodes")
         self._places = list(places.values())
         self._mean_reward = total / len(self.rows)
-        if self.centre == "group" and all(len(rows) == 1 for rows in self._places):
+        if self.recipe.baseline == "group" and all(len(rows) == 1 for rows in self._places):
             raise UserError(
                 f"{self.origin} holds one response a prompt, so that qlearning.baseline=group leaves no reward: "
                 "set qlearning.baseline=running or none"
@@ -73,9 +75,7 @@ class EpisodeLog(Sequence[list[Episode]]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         group = [self._episode(i, number) for i in self._places[number]]
-        means = {"group": sum(e.reward for e in group) / len(group), "running": self._mean_reward, "none": 0.0}
-        for episode in group:
-            episode.baseline = means[self.centre]
+        centre(group, self._mean_reward, self.recipe)
         return group
 
     def __iter__(self) -> Iterator[list[Episode]]:

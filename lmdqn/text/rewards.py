@@ -10,12 +10,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any, NamedTuple
 
 from lmdqn.episodes import Episode
 from lmdqn.errors import NotFinite, UserError
-from lmdqn.recipe import RewardSection, TaskSection
+from lmdqn.recipe import QLearningSection, RewardSection, TaskSection
 from lmdqn.text import metrics
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -178,6 +179,24 @@ def _guarded(name: str, function: RewardFunction, texts: _Texts, max_seconds: fl
             f"reward {name!r} failed with {type(error).__name__}: {error} (line {line.lineno} of {line.filename}), "
             f"for {_culprit(function, texts, max_seconds)}"
         ) from error
+
+
+def centre(group: Sequence[Episode], overall: float, recipe: QLearningSection) -> None:
+    """Write what each episode of a prompt is measured against: its baseline, and for the value head its peers.
+
+    The baseline moves V by a constant of the prompt and leaves the advantages alone. Without knowing how the prompt's
+    other samples fared (the leave-one-out mean; Kool et al. 2019) no value head could tell what a good
+    prefix is worth beyond that baseline. Only sampled rewards count, so that demonstrations, which are better, push no
+    sample down. `overall` is the mean reward over prompts.
+    """
+    sampled = [episode.reward for episode in group if not episode.demonstration]
+    baseline = {"group": fmean(sampled), "running": overall, "none": 0.0}[recipe.baseline]
+    for episode in group:
+        episode.baseline = baseline
+        others = len(sampled) - (not episode.demonstration)
+        if recipe.value_sees_references and others:
+            own = 0.0 if episode.demonstration else episode.reward
+            episode.peers = (sum(sampled) - own) / others
 
 
 def _culprit(function: RewardFunction, texts: _Texts, max_seconds: float | None) -> str:
