@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 
 from lmdqn.answering import rollout_of
-from lmdqn.episodes import Episode, Example
+from lmdqn.episodes import Episode, Example, make_batch, shortest_episode
 from lmdqn.errors import UserError
+from lmdqn.learn.launch import sharding_of_launch
 from lmdqn.learn.processes import Processes
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.qnetwork import Networks
@@ -55,16 +57,25 @@ class Parts:
 def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
     """Read and build everything, and write nothing. With several processes, none goes on before all have."""
     check_installed(recipe.output.trackers)
+    sharding = sharding_of_launch(recipe)
     processes = Processes(accelerator_for(recipe))
     tracker = tracker or (Tracker() if processes.is_main else Tracker(Console(quiet=True)))
     if processes.count > 1:
         tracker.say(f"learning in {processes.count} processes")
     prepared: list[Parts] = []
-    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes)))
-    return prepared[0]
+    sharded = sharding is not None and processes.count > 1
+    device = torch.device("cpu") if sharded else processes.accelerator.device
+    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes, device)))
+    parts = prepared[0]
+    if sharded:
+        layout = parts.rollout.layout
+        trial = make_batch([shortest_episode(parts.examples["train"], layout)], layout)
+        parts.networks.shard(processes.accelerator.device, sharding.reshard_after_forward, trial)
+        tracker.say("weights, gradients and optimiser are shared out over the processes (FSDP2)")
+    return parts
 
 
-def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes) -> Parts:
+def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes, device: torch.device) -> Parts:
     folder = RunFolder.check(recipe.output, resume)
     if resume and folder.recipe.exists():
         _check_same(recipe, folder)
@@ -75,7 +86,7 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     accelerator = processes.accelerator
     pairs = {split: load_pairs(recipe.data, split, recipe.seed) for split in SPLITS}
     loaded = load_model(recipe.model, _texts(pairs["train"]), recipe.seed, recipe.data.max_response_tokens)
-    loaded.model.to(accelerator.device)
+    loaded.model.to(device)
     examples = _encode_all(pairs, recipe.data, loaded, tracker)
     networks = Networks.build(
         loaded,

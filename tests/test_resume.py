@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import lmdqn
 from lmdqn.errors import Stopped, UserError
 from lmdqn.recipe import dump_recipe, load_recipe
-from lmdqn.results.tracking import Tracker
 from tests.runs import Listening, contents
+from tests.several_runs import StopAt
 
 Rows = list[dict[str, Any]]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -41,20 +41,6 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
     "path, cosine": ("gpt2", {"qlearning": {"loss": "path"}, "optimisation": {"schedule": "cosine"}}),
 }
-
-
-class StopAt(Tracker):
-    """Sends this process a signal when a step is logged, as a person or a scheduler would."""
-
-    def __init__(self, phase: str, step: int, number: int = signal.SIGTERM):
-        super().__init__()
-        self.when = (phase, step)
-        self.number = number
-
-    def log(self, phase: str, record: dict[str, Any], write: bool = True) -> None:
-        super().log(phase, record, write)
-        if (phase, record["step"]) == self.when:
-            signal.raise_signal(self.number)
 
 
 @pytest.fixture(autouse=True)

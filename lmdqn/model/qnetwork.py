@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from lmdqn.episodes import MATCH_FEATURES, Batch
 from lmdqn.errors import UserError
 from lmdqn.model.head import LMHead, head_reads
 from lmdqn.model.loading import LoadedModel, hidden_size
+from lmdqn.model.sharding import Shards, part_of
 from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
 
@@ -28,7 +29,8 @@ class ValueHead(nn.Module):
 
     Zero at the start. The network's output is in nats and `scale` (the temperature beta) turns it into reward units,
     so that its gradient through the Bellman residual is as large as that of a log-probability. No gradient goes into
-    the language model: with it, updates were measured to run away.
+    the language model: with it, updates were measured to run away. It computes in float32 under autocast too: an
+    error of V is divided by beta in every residual.
     """
 
     def __init__(self, hidden: int, features: int, scale: float, quantiles: int = 1):
@@ -41,9 +43,9 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """hidden (N, H), features (N, F) -> (N, K) quantiles of the return (or, with one, its mean), reward units."""
-        seen = torch.cat([hidden.detach().float(), features], dim=-1)
-        inner = nn.functional.gelu(self.inner(seen))
-        return self.scale * self.outer(inner).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            seen = torch.cat([hidden.detach().float(), features], dim=-1)
+            return self.scale * self.outer(nn.functional.gelu(self.inner(seen)))
 
 
 class StateOutputs(NamedTuple):
@@ -88,6 +90,7 @@ class QNetwork(nn.Module):
         self.adapter = adapter
         self.chunk_mib = chunk_mib
         self._head: LMHead | None = None
+        self.shards: Shards | None = None  # where several processes share the weights out
 
     def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
         """Logits and values at the states of the batch.
@@ -117,7 +120,7 @@ class QNetwork(nn.Module):
         """Logits of some of the states, made when asked for, with gradient if there was one when it was made."""
         with_gradient = torch.is_grad_enabled()
         with self.active():
-            head = self._head = self._head or LMHead(self.model)
+            head = self._head = self._head or LMHead(self.model)  # sharded: it is there already
 
         def logits_of(chunk: slice) -> Tensor:
             with self.active(), torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
@@ -144,8 +147,28 @@ class QNetwork(nn.Module):
         if before != self.adapter:
             self.model.set_adapter(before)
 
+    def shard(self, device: torch.device, reshard_after_forward: bool, trial: Batch) -> None:
+        """Share the weights out over all processes; all must call it, and pass `trial` through what came out.
+
+        Raises:
+            UserError: logits are to come in chunks, and this model's cannot.
+        """
+        if self.chunk_mib is not None:
+            self._head = LMHead(self.model)
+        layers = {*self.model._no_split_modules, ValueHead.__name__}
+        self.shards = Shards(self, layers, device, reshard_after_forward)
+        with torch.no_grad():  # the first pass must be through the whole, and tells each part what it is of
+            self(trial.to(device))
+        self.shards.rest()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While inside, this process can pass through the network alone. If weights are shared out, all must enter."""
+        return nullcontext() if self.shards is None else self.shards.whole()
+
     def weights(self) -> dict[str, Tensor]:
-        """The network's own weights by a name that its copies share."""
+        """The network's own weights by a name that its copies share; where they are shared out, this process's part."""
+        if self.shards is not None:
+            self.shards.rest()
         mark = f".{self.adapter}."
         named = {
             name.replace(mark, "."): p
@@ -161,7 +184,7 @@ class QNetwork(nn.Module):
             raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[:3]}")
         with torch.no_grad():
             for name, weight in own.items():
-                weight.copy_(weights[name])
+                weight.copy_(part_of(weights[name], weight))
 
     @property
     def device(self) -> torch.device:
@@ -238,7 +261,10 @@ class Networks:
                 follower.model.requires_grad_(False)
 
     def track(self, update: int, polyak: float | None, copy_every: int | None) -> None:
-        """Move the target after update number `update` (counted from 1): by Polyak averaging, a hard copy, or both."""
+        """Move the target after update number `update` (counted from 1): by Polyak averaging, a hard copy, or both.
+
+        Where weights are shared out, each process moves its part.
+        """
         if polyak is not None:
             online = self.online.weights()
             with torch.no_grad():
@@ -247,19 +273,27 @@ class Networks:
         if copy_every is not None and update % copy_every == 0:
             self.target.restore(self.online.weights())
 
+    def shard(self, device: torch.device, reshard_after_forward: bool, trial: Batch) -> None:
+        """Share out the weights of all of them over all processes. Adapters over one model cannot be."""
+        for network in self._all().values():
+            network.shard(device, reshard_after_forward, trial)
+
     def reset_reference(self) -> None:
         """Measure advantages against the online network as it is now; what was measured before is void."""
         self.reference.restore(self.online.weights())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The weights of all of them, for a checkpoint."""
-        networks = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: network.weights() for name, network in networks.items() if network is not None}
+        return {name: network.weights() for name, network in self._all().items()}
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take what `state()` gave."""
         for role, weights in state.items():
             getattr(self, role).restore(weights)
+
+    def _all(self) -> dict[str, QNetwork]:
+        networks = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: network for name, network in networks.items() if network is not None}
 
 
 def response_log_probs(batch: Batch, outputs: StateOutputs) -> Tensor:
