@@ -133,6 +133,11 @@ def demonstration(example: Example, reference: int, group: int, eos_ids: Sequenc
     )
 
 
+def shortest_episode(examples: Sequence[Example], layout: SequenceFormat) -> Episode:
+    """The least that a network can be given: the shortest prompt, and an empty response."""
+    return Episode(min(examples, key=lambda e: len(e.prompt_ids)), [layout.eos_ids[0]], truncated=False, group=0)
+
+
 def make_batch(episodes: Sequence[Episode], layout: SequenceFormat) -> Batch:
     """Pad episodes into one batch on the CPU. The whole centred reward falls on each response's last token."""
     response_ids, response_mask = _pad([e.response_ids for e in episodes], layout.pad_id)

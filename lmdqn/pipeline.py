@@ -13,12 +13,13 @@ from typing import Any
 from lmdqn.episodes import Example
 from lmdqn.errors import NotFinite, Stopped, UserError, writing
 from lmdqn.learn.checkpoint import AfterStep, BrokenCheckpointError, Checkpoints, State
-from lmdqn.learn.processes import Processes
+from lmdqn.learn.processes import Processes, others_alive
 from lmdqn.learn.stopping import StopRequest, stop_requests
 from lmdqn.learn.trainer import Trainer
 from lmdqn.learn.warm_start import WarmStart
 from lmdqn.model.loading import load_trained
 from lmdqn.model.qnetwork import QNetwork
+from lmdqn.model.sharding import gathered
 from lmdqn.preparation import Parts, prepare
 from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import Evaluation, score_tasks
@@ -43,6 +44,7 @@ class RunResult:
     task_p_values: dict[str, dict[str, float]] = field(default_factory=dict)  # as p_value, of each of several tasks
 
 
+@others_alive()
 def train(recipe: Recipe, tracker: Tracker | None = None, resume: bool = False) -> RunResult:
     """Run a recipe: evaluate the start, warm-start if asked, learn by DQN, evaluate, save.
 
@@ -86,7 +88,7 @@ def _learn(run: "_Run", saved: State | None) -> None:
         recipe, networks, parts.rollout, lessons, parts.rewards, parts.accelerator, parts.tracker, parts.log
     )
     if saved is None or saved["phase"] != "dqn":
-        run.on_main(run.save_reference)
+        run.save_reference()
         if parts.finished is not None:
             trainer.go_on_from(parts.finished)
     after_step = run.follow("dqn", trainer, saved)
@@ -98,7 +100,7 @@ def _conclude(run: "_Run") -> RunResult:
     """Test what was kept against the phases before it, and write what the run leaves."""
     parts, results, seconds = run.parts, run.results, run.seconds
     folder, examples = parts.folder, parts.examples["test"]
-    run.on_main(lambda: run.save_target(folder.last))
+    run.save_target(folder.last)
     results["dqn"] = run.test_saved()
     before = "mle" if "mle" in results else "start"
     references = [example.references for example in examples]
@@ -156,7 +158,7 @@ class _Run:
         self.seconds, self.best = saved["seconds"], saved["best"]
         self._began_s -= saved["elapsed_s"]
         self._write_metrics(saved["metrics_bytes"])
-        self.on_main(self._rewind_folder)
+        self._rewind_folder()
         self.parts.tracker.say(f"going on from {self.checkpoints.folder / name}")
         return saved
 
@@ -174,20 +176,22 @@ class _Run:
 
     def _rewind_folder(self) -> None:
         """Note the recipe; `model/` may be of a later step than the checkpoint: make it the best one known there."""
-        self.parts.folder.go_on(self.parts.recipe)
-        if self.best is None:
+        self.on_main(lambda: self.parts.folder.go_on(self.parts.recipe))
+        best = self.best
+        if best is None:
             return
-        try:
-            best = self.checkpoints.read(self.best)
-        except BrokenCheckpointError as error:
-            self.parts.tracker.say(f"{error}: {self.parts.folder.model} stays as it is")
+        problem = self.processes.on_main(lambda: self.checkpoints.problem(best))
+        if problem is not None:
+            self.parts.tracker.say(f"{problem}: {self.parts.folder.model} stays as it is")
             return
-        self.parts.networks.target.restore(best["learner"]["networks"]["target"])
+        self.parts.networks.target.restore(self.checkpoints.read(best)["learner"]["networks"]["target"])
         self.save_target(self.parts.folder.model)
 
     def save_target(self, folder: Path) -> None:
         """Save the target network, as it is now, as one of the run's models."""
-        self.parts.folder.save_model(self.parts.networks.target, self.parts.tokenizer, folder)
+        target = self.parts.networks.target
+        with target.whole():
+            self.on_main(lambda: self.parts.folder.save_model(target, self.parts.tokenizer, folder))
 
     def save_reference(self) -> None:
         """Keep the policy that Q-learning begins from, of which the target is a copy now, unless it has a name.
@@ -197,8 +201,7 @@ class _Run:
         if self.parts.finished is not None:
             kept, mine = self.parts.finished.folder.reference, self.parts.folder.reference
             if kept.is_dir():
-                with writing(mine):
-                    swap_in(mine, lambda fresh: shutil.copytree(kept, fresh, dirs_exist_ok=True))
+                self.on_main(lambda: _copy(kept, mine))
         elif self.parts.recipe.warm_start is not None or self.parts.recipe.model.name is None:
             self.save_target(self.parts.folder.reference)
 
@@ -224,13 +227,10 @@ class _Run:
             self.best = name
         every = self.parts.recipe.output.checkpoint_every_steps
         if better or last or number or (every is not None and step % every == 0):
-            self.on_main(lambda: self.checkpoints.write(name, self._state(phase, learner), self.best))
+            state = gathered(self._state(phase, learner))
+            self.on_main(lambda: self.checkpoints.write(name, state, self.best))
         if better:  # after the checkpoint, from which a resumed run makes it again
-            self.on_main(
-                lambda: self.parts.folder.save_model(
-                    self.parts.networks.target, self.parts.tokenizer, self.parts.folder.model
-                )
-            )
+            self.save_target(self.parts.folder.model)
         if number:
             raise Stopped(
                 f"stopped by {Signals(number).name} after {phase} step {step}; to go on: "
@@ -277,7 +277,7 @@ class _Run:
         }
 
     def _evaluate(self, network: QNetwork, split: str) -> Evaluation:
-        with network.active() as model, self.parts.accelerator.autocast():
+        with network.whole(), network.active() as model, self.parts.accelerator.autocast():
             return self._scored(model, split)
 
     def _scored(self, model: Any, split: str) -> Evaluation:
@@ -297,3 +297,8 @@ def _samples(examples: Sequence[Example], responses: Sequence[str]) -> list[Samp
         placed.append((turns[example.task], (example.source, reference, response)))
         turns[example.task] += 1
     return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _copy(folder: Path, to: Path) -> None:
+    with writing(to):
+        swap_in(to, lambda fresh: shutil.copytree(folder, fresh, dirs_exist_ok=True))

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 
 from lmdqn.answering import rollout_of
-from lmdqn.episodes import Episode, Example
+from lmdqn.episodes import Episode, Example, make_batch, shortest_episode
 from lmdqn.errors import UserError
 from lmdqn.learn.continuation import Continuation, kept_model, read_continuation
+from lmdqn.learn.launch import sharding_of_launch
 from lmdqn.learn.processes import Processes
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.qnetwork import Networks
@@ -57,16 +59,25 @@ class Parts:
 def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
     """Read and build everything, and write nothing. With several processes, none goes on before all have."""
     check_installed(recipe.output.trackers)
+    sharding = sharding_of_launch(recipe)
     processes = Processes(accelerator_for(recipe))
     tracker = tracker or (Tracker() if processes.is_main else Tracker(Console(quiet=True)))
     if processes.count > 1:
         tracker.say(f"learning in {processes.count} processes")
     prepared: list[Parts] = []
-    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes)))
-    return prepared[0]
+    sharded = sharding is not None and processes.count > 1
+    device = torch.device("cpu") if sharded else processes.accelerator.device
+    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes, device)))
+    parts = prepared[0]
+    if sharded:
+        layout = parts.rollout.layout
+        trial = make_batch([shortest_episode(parts.examples["train"], layout)], layout)
+        parts.networks.shard(processes.accelerator.device, sharding.reshard_after_forward, trial)
+        tracker.say("weights, gradients and optimiser are shared out over the processes (FSDP2)")
+    return parts
 
 
-def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes) -> Parts:
+def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes, device: torch.device) -> Parts:
     finished = None if recipe.continued is None else read_continuation(recipe)
     folder = RunFolder.check(recipe.output, resume)
     if resume and folder.recipe.exists():
@@ -83,7 +94,7 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     texts = [text for of_task in pairs.values() for text in _texts(of_task["train"])]
     section = recipe.model if finished is None else kept_model(recipe, finished.folder)
     loaded = load_model(section, texts, recipe.seed, recipe.max_response_tokens)
-    loaded.model.to(accelerator.device)
+    loaded.model.to(device)
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for name, task in recipe.every_task.items():
         for split, encoded in _encode_all(pairs[name], task.data, loaded, tracker, name).items():

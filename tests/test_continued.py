@@ -268,11 +268,12 @@ def test_a_replay_takes_over_what_another_held() -> None:
     finished.add([group(2)])
     section = ReplaySection(fresh_share=0.0, sampling="prioritised", capacity_episodes=6)
     replay = Replay(section, [group(0), group(1)])  # a log of two
-    replay.take_over(finished.state(), 2, [group(3)])
+    held = {number: group(number) for number in range(3)}
+    replay.take_over(finished.state(held), 2, [group(3)])
     assert [e.text for e in replay.episodes()] == ["1a", "1b", "2a", "2b", "3a", "3b"]
     assert [e.group for e in replay.episodes()] == [3, 3, 4, 4, 5, 5]
-    drawn = replay.sample(50, torch.Generator().manual_seed(0), 1.0)
-    assert {e.group for e in drawn} == {0, 1, 3, 4, 5}
+    drawn = replay.draw(50, torch.Generator().manual_seed(0), 1.0)
+    assert {d.number for d in drawn} == {0, 1, 3, 4, 5}
 
 
 def test_a_resolved_continued_recipe_is_read_again(folder: Path, tmp_path: Path) -> None:

@@ -56,21 +56,50 @@ def test_any_replay_keeps_its_promises(
         replay.add(rollout(*range(number, number + groups), size=size))
         number += groups
         assert len(replay) <= max(capacity, groups * size)
-        drawn = replay.sample(batch, generator, correction=0.5)
+        draws = replay.draw(batch, generator, correction=0.5)
         held = Counter(episode.group for episode in replay.episodes())
-        for group, count in Counter(episode.group for episode in drawn).items():
-            assert count % held[group] == 0
-            assert count == held[group] or sampling == "prioritised"
-        assert all(0 < episode.weight <= 1 for episode in drawn)
+        assert all(draw.group is not None and len(draw.group) == held[draw.number] for draw in draws)
+        assert len({draw.number for draw in draws}) == len(draws) or sampling == "prioritised"
+        assert all(0 < draw.weight <= 1 for draw in draws)
         replay.learnt_from({group: 0.1 * group for group in held})
         again = Replay(recipe)
-        again.restore(replay.state())
+        again.restore(replay.state(by_number(replay)))
         twins = [torch.Generator().manual_seed(number) for _ in range(2)]
         batches = [
-            [e.group for e in each.sample(batch, twin)] for each, twin in zip((replay, again), twins, strict=True)
+            [draw.number for draw in each.draw(batch, twin)] for each, twin in zip((replay, again), twins, strict=True)
         ]
         assert batches[0] == batches[1]
         assert len(again) == len(replay)
+
+
+def by_number(*replays: Replay) -> dict[int, Group]:
+    """The groups that some processes' replays hold."""
+    groups: dict[int, Group] = {}
+    for episode in (episode for replay in replays for episode in replay.episodes()):
+        groups.setdefault(episode.group, []).append(episode)
+    return groups
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "prioritised", "reward"])
+def test_processes_draw_the_same_and_each_holds_its_share(sampling: str) -> None:
+    """What any of them cannot give another can; and a state that all gave goes on in another number of processes."""
+    recipe = ReplaySection.model_validate({"capacity_episodes": 14, "sampling": sampling, "fresh_share": 0.5})
+    alone = Replay(recipe)
+    shared = [Replay(recipe, holds=lambda number, rank=rank: number % 3 == rank) for rank in range(3)]  # type: ignore[misc]
+    for first in (0, 4, 8):
+        for replay in (alone, *shared):
+            replay.add(rollout(*range(first, first + 4)))
+            replay.learnt_from({number: 0.1 * number for number in range(first)})
+    assert [len(replay) for replay in shared] == [len(alone)] * 3
+    assert [{e.group % 3 for e in replay.episodes()} for replay in shared] == [{0}, {1}, {2}]
+    again = Replay(recipe, holds=lambda number: number < 8)
+    again.restore(shared[1].state(by_number(*shared)))
+    drawn = [replay.draw(5, torch.Generator().manual_seed(1), 0.5) for replay in (alone, *shared, again)]
+    for other in drawn[1:]:
+        assert [(draw.number, draw.weight) for draw in other] == [(draw.number, draw.weight) for draw in drawn[0]]
+    for draws in zip(*drawn[1:4], strict=True):
+        assert sum(draw.group is not None for draw in draws) == 1
+    assert {e.group for e in again.episodes()} == {n for n in by_number(alone) if n < 8}
 
 
 def prioritised(alpha: float, residuals: list[float]) -> Replay:
@@ -137,7 +166,7 @@ def test_reward_sampling_prefers_what_was_rewarded() -> None:
     replay.add([*rollout(0, reward=0.0), *rollout(1, reward=1.0)])
     replay.add(rollout(2))
     generator = torch.Generator().manual_seed(0)
-    share = sum(replay.sample(1, generator)[0].group for _ in range(4000)) / 4000
+    share = sum(replay.draw(1, generator)[0].number for _ in range(4000)) / 4000
     assert share == pytest.approx(0.881, abs=0.02)
 
 

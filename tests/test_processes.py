@@ -1,4 +1,4 @@
-"""Several processes on the CPU (torchrun; `accelerate launch` has none there): they do what one does, none hangs."""
+"""Several processes on the CPU, started as a person would: they do what one does, none hangs, one may die."""
 
 import json
 import os
@@ -12,43 +12,129 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lmdqn
+from lmdqn import preparation
+from lmdqn.errors import UserError
+from lmdqn.learn.launch import sharding_of_launch
+from lmdqn.learn.processes import Processes, deal
+from lmdqn.recipe import load_recipe
+from lmdqn.results.tracking import Tracker
+from lmdqn.shipped import shipped_folder
+from tests import several_runs
 from tests.runs import write_splits
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+GPT2 = {
+    "family": "gpt2",
+    "vocabulary_size": 300,
+    "config": {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64}
+    | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+T5 = {
+    "family": "t5",
+    "vocabulary_size": 300,
+    "config": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
+}
+Changes = dict[str, dict[str, Any]]
+KINDS: dict[str, Changes] = {
+    "causal": {},
+    "lora": {"model": {"name": "BASE", "from_scratch": None, "lora": {"rank": 2}}},
+    "seq2seq": {"model": {"from_scratch": T5}},
+    "offline": {
+        "offline": {"path": "LOG", "rounds": 1, "steps_per_round": 2},
+        "replay": {"sampling": "prioritised", "batch_groups": 4},
+        "qlearning": {"baseline": "running"},
+    },
+    # micro-batches of one group, logits in chunks of few states, hard copies, a reference that moves
+    "in pieces": {
+        "optimisation": {"micro_batch_tokens": 1, "vocabulary_chunk_mib": 0.01},
+        "qlearning": {"target_polyak": None, "target_copy_every": 3, "reference_reset_every": 2, "backup": "double"},
+        "output": {"checkpoint_every_steps": 1, "keep_checkpoints": 9},
+    },
+}
 
 
-def write_run(folder: Path, **changes: dict[str, Any]) -> Path:
+def write_run(folder: Path, changes: Changes | None = None) -> Path:
     """A recipe of seconds without dropout, and its data."""
     write_splits(folder, [{"source": f"say {w}", "references": [f"it is {w}", f"we say {w}"]} for w in WORDS])
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, **no_dropout}
     tree: dict[str, Any] = {
         "seed": 3,
-        "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": size}},
-        "data": {"path": str(folder), "max_response_tokens": 12},
-        "warm_start": {"epochs": 2, "batch_examples": 4},
-        "rollout": {"prompts": 5, "samples": 2},
+        "model": {"from_scratch": GPT2},
+        "data": {"path": str(folder), "max_response_tokens": 24},
+        "warm_start": {"epochs": 12, "batch_examples": 4, "learning_rate": 1e-2},
+        "rollout": {"prompts": 5, "samples": 2, "temperature": 0.7},
         "replay": {"batch_groups": 5, "fresh_share": 0.5, "demonstrations": 1},
         "qlearning": {"max_steps": 4, "huber_delta": 10.0},
         "evaluation": {"every_steps": 2, "bootstrap_samples": 100},
         "output": {"dir": str(folder / "run"), "log_every_steps": 1},
     }
-    for section, values in changes.items():
+    for section, values in (changes or {}).items():
         tree[section] = {**tree.get(section, {}), **values}
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return recipe
 
 
-def launch(processes: int, recipe: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, f"--nproc-per-node={processes}", "-m", "lmdqn", "train", str(recipe), *arguments]
+def launch(processes: int, *command: str, config: str = "one_node") -> subprocess.Popen[str]:
+    """`accelerate launch` as the README has it, on CPUs."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    accelerate += [str(shipped_folder("recipes") / "accelerate" / f"{config}.yaml"), f"--num_processes={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        [*accelerate, "--main_process_port=0", "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
+
+
+def finish(processes: subprocess.Popen[str]) -> tuple[str, str]:
+    """What they told on their two streams, when they have ended well."""
+    with processes:
+        told, complaints = processes.communicate(timeout=300)
+    assert processes.returncode == 0, complaints
+    return told, complaints
+
+
+class Runs:
+    """Runs of every kind in a folder, and what one process alone does."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._alone: set[str] = set()
+        rows = [
+            {"prompt": f"say {w}\n", "response": r, "reward": len(r) / 20 + k}
+            for w in WORDS[:6]
+            for k, r in enumerate((f"it is {w}", "we", f"{w} {w}"))
+        ]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def write(self, where: str, kind: str) -> Path:
+        """A recipe of this kind."""
+        base, log = self.folder / "alone" / "causal" / "run" / "model", self.folder / "log.jsonl"
+        changes = json.loads(json.dumps(KINDS[kind]).replace("BASE", str(base)).replace("LOG", str(log)))
+        return write_run(self.folder / where / kind, changes)
+
+    def alone(self, kind: str) -> Path:
+        """The folder of a run of this kind by one process."""
+        if kind not in self._alone:
+            if kind == "lora":
+                self.alone("causal")
+            several_runs.train([str(self.write("alone", kind))])
+            self._alone.add(kind)
+        return self.folder / "alone" / kind / "run"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -56,50 +142,125 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "episodes_per_s")} for line in lines]
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
 def assert_close(one: Path, other: Path) -> None:
-    """The same episodes, and numbers to within rounding (1e-4)."""
+    """The same episodes and responses, and numbers to within rounding (1e-4).
+
+    One process has all prompts and episodes: a number of the first process's share alone would differ.
+    """
     first, second = metrics(one), metrics(other)
     assert len(first) == len(second)
     for line, again in zip(first, second, strict=True):
         assert line.pop("phase") == again.pop("phase")
         assert line == pytest.approx(again, rel=2e-3, abs=1e-4)
     for folder in ("model", "last"):
-        weights, others = (load_file(run / folder / "model.safetensors") for run in (one, other))
-        for name, weight in weights.items():
+        others = weights(other / folder)
+        for name, weight in weights(one / folder).items():
             torch.testing.assert_close(weight, others[name], atol=1e-4, rtol=0)
-    states = [json.loads((run / "checkpoints" / "last" / "state.json").read_text()) for run in (one, other)]
-    texts = [state["learner"]["replay"]["episodes"]["$episodes"]["text"] for state in states]
-    assert len(texts[0]) == 5 * 3 * 4
-    assert texts[0] == texts[1]
+    assert replay(one) == replay(other)
     assert (one / "predictions.jsonl").read_bytes() == (other / "predictions.jsonl").read_bytes()
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    """Five prompts between two: shares differ in size, and responses in length."""
-    alone, together = write_run(tmp_path / "alone"), write_run(tmp_path / "together")
-    done = subprocess.run([sys.executable, "-m", "lmdqn", "train", str(alone)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with launch(2, together) as processes:
-        told, complaints = processes.communicate(timeout=120)
-    assert processes.returncode == 0, complaints
-    assert told.count("predictions.jsonl") == 1  # one of them speaks
-    assert "learning in 2 processes" in complaints
-    assert_close(alone.parent / "run", together.parent / "run")
+def replay(run: Path) -> list[tuple[int, str]]:
+    """Group and text of each episode in the last checkpoint."""
+    episodes = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["learner"]["replay"]["episodes"]
+    return list(zip(episodes["$episodes"]["group"], episodes["$episodes"]["text"], strict=True))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    """One of two is killed, which ends the other within a minute; one alone goes on from there."""
+def longest(run: Path, prompts: int, processes: int) -> list[list[int]]:
+    """Of each rollout in the last checkpoint, the tokens of each process's longest response."""
+    tensors = load_file(run / "checkpoints" / "last" / "tensors.safetensors")
+    lengths = tensors["/learner/replay/episodes/response_ids/lengths"].tolist()
+    found: dict[int, list[int]] = {}
+    for (group, _), length in zip(replay(run), lengths, strict=True):
+        rollout, place = divmod(group, prompts)
+        of_process = found.setdefault(rollout, [0] * processes)
+        of_process[place % processes] = max(of_process[place % processes], length)
+    return list(found.values())
+
+
+def test_kinds_of_runs_in_two_processes(runs: Runs) -> None:
+    """LoRA, seq2seq, a log, small pieces; and one that was stopped and went on.
+
+    Five prompts between two: shares differ in size, and responses in length, for which nobody waits.
+    """
+    runs.alone("causal")
+    recipes = {kind: runs.write("kinds", kind) for kind in KINDS}
+    words = [f"{recipe}@2" if kind == "causal" else str(recipe) for kind, recipe in recipes.items()]
+    told, _ = finish(launch(2, "tests.several_runs", *words))
+    assert "was stopped" in told
+    for kind, recipe in recipes.items():
+        assert_close(runs.alone(kind), recipe.parent / "run")
+    assert_the_target_moves_by_copies(recipes["in pieces"].parent / "run")
+    run = recipes["causal"].parent / "run"
+    assert len(replay(run)) == 4 * 5 * (2 + 1)
+    assert any(one != other for one, other in longest(run, prompts=5, processes=2))
+
+
+def test_four_processes_do_what_one_does(runs: Runs) -> None:
+    recipe = runs.write("four", "causal")
+    finish(launch(4, "tests.several_runs", str(recipe)))
+    assert_close(runs.alone("causal"), recipe.parent / "run")
+
+
+def test_fsdp2_does_what_one_process_does(runs: Runs) -> None:
+    """Weights in shards: full and seq2seq models, a log, small pieces (of which one process has more), a stop."""
+    kinds = [kind for kind in KINDS if kind != "lora"]
+    recipes = {kind: runs.write("sharded", kind) for kind in kinds}
+    words = [f"{recipe}@2" if kind == "causal" else str(recipe) for kind, recipe in recipes.items()]
+    told, complaints = finish(launch(2, "tests.several_runs", *words, config="fsdp2"))
+    assert "was stopped" in told
+    assert complaints.count("shared out over the processes (FSDP2)") == len(kinds) + 1  # one went on
+    for kind, recipe in recipes.items():
+        assert_close(runs.alone(kind), recipe.parent / "run")
+    assert_the_target_moves_by_copies(recipes["in pieces"].parent / "run")
+    logits = []
+    for folder in (runs.alone("causal"), recipes["causal"].parent / "run"):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        given = AutoTokenizer.from_pretrained(folder / "model")("say one", return_tensors="pt").input_ids
+        logits.append(model(input_ids=given).logits)
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
+
+
+def assert_the_target_moves_by_copies(run: Path) -> None:
+    """Every third update: it stays as it began, to the bit, then is the online network."""
+    networks = [
+        {role: {n: t for n, t in tensors.items() if f"/networks/{role}/" in n} for role in ("online", "target")}
+        for tensors in (load_file(run / "checkpoints" / f"dqn-{step:06d}" / "tensors.safetensors") for step in range(5))
+    ]
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[bool]:
+        return [torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True)]
+
+    start, last = networks[0]["target"], networks[4]["target"]
+    assert len(start) > 10
+    assert all(same(networks[2]["target"], start))
+    assert not any(same(networks[2]["online"], start))
+    assert all(same(networks[3]["target"], networks[3]["online"]))
+    assert all(same(last, networks[3]["target"]))
+
+
+def test_groups_are_dealt_evenly_and_mostly_to_who_has_them() -> None:
+    assert deal([3, 1, 2], 1) == [[3, 1, 2]]
+    assert deal([4, 5, 6, 7], 2) == [[4, 6], [5, 7]]
+    assert deal([0, 2, 4, 6, 7], 2) == [[0, 2, 4], [7, 6]]
+    assert deal([0], 3) == [[0], [], []]
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+    """From the command line. The other ends within a minute and says why; its checkpoint goes on under FSDP2."""
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import time\n\ndef score(responses, references, sources):\n"
-        "    time.sleep(0.3)\n    return [len(set(r)) for r in responses]\n"
+        "    time.sleep(0.1)\n    return [len(set(r)) for r in responses]\n"
     )
-    changes: dict[str, dict[str, Any]] = {
-        "reward": {"mix": {f"{slow}:score": 1}},
-        "output": {"checkpoint_every_steps": 1},
-    }
-    straight, killed = write_run(tmp_path / "straight", **changes), write_run(tmp_path / "killed", **changes)
-    with launch(2, killed) as processes:
+    changes: Changes = {"reward": {"mix": {f"{slow}:score": 1}}, "output": {"checkpoint_every_steps": 1}}
+    straight, killed = write_run(tmp_path / "straight", changes), write_run(tmp_path / "killed", changes)
+    with launch(2, "lmdqn", "train", str(killed)) as processes:
         while not (killed.parent / "run" / "checkpoints" / "dqn-000001").exists():
             assert processes.poll() is None, processes.communicate()
             time.sleep(0.01)
@@ -109,10 +270,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         _, told = processes.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert processes.returncode != 0
+    assert "learning in 2 processes" in told
     assert "another process of this run has ended" in told
-    for arguments in ([str(killed), "--resume"], [str(straight)]):
-        done = subprocess.run([sys.executable, "-m", "lmdqn", "train", *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    told, _ = finish(launch(2, "lmdqn", "train", str(killed), "--resume", config="fsdp2"))
+    assert told.count("predictions.jsonl") == 1  # one of them speaks
+    several_runs.train([str(straight)])
     assert_close(straight.parent / "run", killed.parent / "run")
 
 
@@ -123,9 +285,64 @@ def _workers(parent: int) -> list[int]:
 
 
 def test_a_share_for_each_process(tmp_path: Path) -> None:
-    recipe = write_run(tmp_path / "few", rollout={"prompts": 1})
-    with launch(2, recipe) as processes:
-        _, told = processes.communicate(timeout=60)
-    assert processes.returncode != 0
-    assert "rollout.prompts=1 is too few for 2 processes" in told
+    recipe = load_recipe(write_run(tmp_path / "few", {"rollout": {"prompts": 1}}))
+    processes = Processes(Accelerator(cpu=True))
+    processes.count = 2
+    with pytest.raises(UserError, match=r"rollout\.prompts=1 is too few for 2 processes"):
+        preparation._prepare_alone(recipe, Tracker(), False, processes, torch.device("cpu"))
     assert not (tmp_path / "few" / "run").exists()
+
+
+# --- what a launcher may ask for ------------------------------------------------------------------------------------
+
+REFUSED = {
+    "DeepSpeed is not supported: recipes/accelerate/fsdp2.yaml": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "Megatron-LM is not supported": {"ACCELERATE_USE_MEGATRON_LM": "true"},
+    "leave gradient_accumulation_steps at 1": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+    "set fsdp_version: 2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+    "fsdp_cpu_ram_efficient_loading is not supported": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    "fsdp_offload_params is not supported": {"FSDP_OFFLOAD_PARAMS": "true"},
+    "parallelism_config is not supported": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_the_launcher_asks_for_and_is_not_there_is_refused(
+    sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded, and not silently left out."""
+    recipe = load_recipe(write_run(tmp_path / "refused"))
+    assert sharding_of_launch(recipe) is None
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if "fsdp_" in sentence or "para" in sentence else {}
+    for variable, value in (asked | REFUSED[sentence]).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=sentence):
+        lmdqn.train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": {"name": "any", "from_scratch": None, "lora": {}}}, r"FSDP2 with model\.lora"),
+        ({"optimisation": {"mixed_precision": "fp16"}}, r"FSDP2 with optimisation\.mixed_precision=fp16"),
+    ],
+)
+def test_recipes_that_fsdp2_cannot_run_are_refused(
+    changes: Changes, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_run(tmp_path / "refused", changes))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match=sentence):
+        lmdqn.train(recipe)
+
+
+def test_shipped_accelerate_configs_are_what_they_say() -> None:
+    """Each has its exact command in its header, and what accelerate reads is one machine's or two machines' share."""
+    for file in (shipped_folder("recipes") / "accelerate").glob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        config = load_config_from_file(str(file))
+        assert f"accelerate launch --config_file recipes/accelerate/{file.name}" in text
+        assert config.num_machines == (2 if file.stem.startswith("two_nodes") else 1)
+        assert (config.distributed_type == "FSDP") == ("fsdp2" in file.stem)
+        assert config.fsdp_config.get("fsdp_version") == (2 if "fsdp2" in file.stem else None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example
-from lmdqn.learn.replay import Group, Replay
+from lmdqn.learn.replay import Draw, Group, Replay
 from lmdqn.model.memory import replay_bytes
 from lmdqn.recipe import ReplaySection, validate
 
@@ -29,7 +29,11 @@ def filled(*rollouts: list[Group], capacity: int = 1000, **settings: Any) -> Rep
 
 def drawn(replay: Replay, groups: int, fresh_share: float, seed: int = 0) -> list[Episode]:
     replay.recipe = replay.recipe.model_copy(update={"fresh_share": fresh_share})
-    return replay.sample(groups, torch.Generator().manual_seed(seed))
+    return episodes(replay.draw(groups, torch.Generator().manual_seed(seed)))
+
+
+def episodes(draws: list[Draw]) -> list[Episode]:
+    return [episode for draw in draws for episode in draw.group or ()]
 
 
 def held(replay: Replay) -> set[int]:
@@ -113,7 +117,7 @@ def test_older_groups_are_drawn_uniformly() -> None:
     """Of 8 older groups 2 are drawn 400 times: 100 draws of each expected, standard deviation 8.7."""
     replay = filled(rollout(*range(8)), rollout(8), fresh_share=0.0)
     generator = torch.Generator().manual_seed(0)
-    counts = Counter(e.group for _ in range(400) for e in replay.sample(2, generator)[::2])
+    counts = Counter(e.group for _ in range(400) for e in episodes(replay.draw(2, generator))[::2])
     assert set(counts) == set(range(8))
     assert all(60 < count < 140 for count in counts.values())
 

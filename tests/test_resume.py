@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import lmdqn
 from lmdqn.errors import Stopped, UserError
 from lmdqn.recipe import dump_recipe, load_recipe, validate
-from lmdqn.results.tracking import Tracker
 from tests.runs import Listening, contents
+from tests.several_runs import StopAt
 
 Rows = list[dict[str, Any]]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -59,20 +59,6 @@ EXPERIENCE: dict[str, dict[str, dict[str, Any]]] = {
         "qlearning": {"max_steps": 4, "value_quantiles": 4, "reference_reset_every": 2},
     },
 }
-
-
-class StopAt(Tracker):
-    """Sends this process a signal when a step is logged, as a person or a scheduler would."""
-
-    def __init__(self, phase: str, step: int, number: int = signal.SIGTERM):
-        super().__init__()
-        self.when = (phase, step)
-        self.number = number
-
-    def log(self, phase: str, record: dict[str, Any], write: bool = True) -> None:
-        super().log(phase, record, write)
-        if (phase, record["step"]) == self.when:
-            signal.raise_signal(self.number)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.learn.prompt_draw",
     ],
     [
+        "lmdqn.model.sharding",
         "lmdqn.model.sharing",
         "lmdqn.model.loading",
         "lmdqn.model.head",
@@ -54,6 +55,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     ["lmdqn.results.evaluate", "lmdqn.results.significance", "lmdqn.results.environment", "lmdqn.results.run_folder"],
     ["lmdqn.results.tables", "lmdqn.results.model_card", "lmdqn.results.publish", "lmdqn.answering"],
     [
+        "lmdqn.learn.launch",
         "lmdqn.learn.processes",
         "lmdqn.learn.behaviour",
         "lmdqn.learn.budget",

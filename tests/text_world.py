@@ -56,6 +56,8 @@ class TableModel(nn.Module):
 class TableHead(nn.Module):
     """A value for each prefix, zero at the start."""
 
+    is_standardised = True  # it sees no features
+
     def __init__(self, prefixes: int, scale: float, quantiles: int):
         super().__init__()
         self.scale = scale
@@ -64,9 +66,6 @@ class TableHead(nn.Module):
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         return self.scale * self.outer(hidden.detach())
-
-    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """A table sees no features."""
 
 
 class World:

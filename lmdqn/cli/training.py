@@ -35,8 +35,10 @@ def train(
     resolved = load(recipe, overrides)
     quiet_transformers()
     from lmdqn import pipeline
+    from lmdqn.learn.processes import part
 
     _show_run(pipeline.train(resolved, resume=resume), resolved, samples=0)
+    part()
 
 
 @commands.command()

@@ -82,6 +82,14 @@ class Checkpoints:
         """
         return read_state(self.folder / name, self._data)
 
+    def problem(self, name: str) -> str | None:
+        """Why a checkpoint cannot be used; None where it is sound."""
+        try:
+            self.read(name)
+        except BrokenCheckpointError as error:
+            return str(error)
+        return None
+
     def newest(self, say: Callable[[str], None]) -> str | None:
         """The name of the newest sound checkpoint, None where none was ever written.
 
@@ -93,10 +101,8 @@ class Checkpoints:
         names = self.names()
         problems = {}
         for name in reversed(names):
-            try:
-                self.read(name)
-            except BrokenCheckpointError as error:
-                problems[name] = str(error)
+            if (found := self.problem(name)) is not None:
+                problems[name] = found
                 continue
             for broken, problem in problems.items():
                 say(f"{problem}: going back to {name}")

@@ -1,6 +1,7 @@
 """New experience: draw prompts, roll out, add demonstrations, score and centre. What comes out goes into the replay."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -9,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from lmdqn.episodes import Episode, Example, demonstration
+from lmdqn.episodes import Episode, Example, by_group, demonstration
 from lmdqn.learn.checkpoint import pack_episodes, unpack_episodes
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.learn.replay import Group
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks
-from lmdqn.model.rollout import Rollout, measure_log_probs
+from lmdqn.model.qnetwork import Networks, QNetwork
+from lmdqn.model.rollout import LogProbs, Rollout, measure_log_probs
 from lmdqn.recipe import Recipe
 from lmdqn.text.rewards import TaskRewards, centre
 
@@ -69,16 +70,26 @@ class Collector:
         ]
         self.groups_made += len(prompts)
         mine = self.processes.share(prompts)
-        shares = self.processes.together(lambda: pack_episodes(self._episodes(mine, exploration), self._number_of))
-        groups: dict[int, Group] = {prompt.group: [] for prompt in prompts}
-        for columns in shares:
-            for episode in unpack_episodes(columns, self.examples):
-                groups[episode.group].append(episode)
+        networks = self.networks
+        written: list[Episode] = []
+        with networks.online.whole(), networks.reference.whole() if exploration.needs_reference else nullcontext():
+            self.processes.together(lambda: written.extend(self._write(mine, exploration)))
+        self.measure(written)
+        self.processes.together(lambda: self.reward.score(written))
+        shares = self.exchange(written)
+        groups = {prompt.group: shares[prompt.group] for prompt in prompts}
         self._centre(list(groups.values()))
         return list(groups.values())
 
-    def _episodes(self, prompts: Sequence["Prompt"], exploration: Exploration) -> list[Episode]:
-        """Samples and demonstrations of some prompts, scored and measured."""
+    def exchange(self, episodes: Sequence[Episode]) -> dict[int, Group]:
+        """Every process gives some whole groups, no two the same one: those of all, by their numbers."""
+        if self.processes.count > 1:
+            shares = self.processes.together(lambda: pack_episodes(episodes, self._number_of))
+            episodes = [episode for columns in shares for episode in unpack_episodes(columns, self.examples)]
+        return {group[0].group: group for group in by_group(episodes)}
+
+    def _write(self, prompts: Sequence["Prompt"], exploration: Exploration) -> list[Episode]:
+        """Samples and demonstrations of some prompts."""
         recipe = self.recipe
         with self.accelerator.autocast():
             episodes = self.rollout.sample(
@@ -93,8 +104,6 @@ class Collector:
         for prompt in prompts:
             for k in prompt.references:
                 episodes.append(demonstration(prompt.example, k, prompt.group, self.rollout.layout.eos_ids))
-        self.measure(episodes)
-        self.reward.score(episodes)
         return episodes
 
     @cached_property
@@ -102,20 +111,27 @@ class Collector:
         return {id(example): number for number, example in enumerate(self.examples)}
 
     def measure(self, episodes: Sequence[Episode]) -> None:
-        """Write what the frozen networks and the references say of episodes, where that is not known yet."""
-        budget = self.recipe.optimisation.micro_batch_tokens
-        with self.accelerator.autocast():
-            unread = [e for e in episodes if e.reference_log_probs is None]
-            measure_log_probs(self.networks.reference, unread, self.rollout.layout, budget)
-            if self.networks.first is not None:
-                unread = [e for e in episodes if e.first_log_probs is None]
-                measure_log_probs(self.networks.first, unread, self.rollout.layout, budget, "first_log_probs")
+        """Write what the frozen networks and the references say of episodes, where that is not known yet.
+
+        Each process may bring episodes of its own, and all must call it.
+        """
+        self._read_by(self.networks.reference, [e for e in episodes if e.reference_log_probs is None])
+        if self.networks.first is not None:
+            unread = [e for e in episodes if e.first_log_probs is None]
+            self._read_by(self.networks.first, unread, "first_log_probs")
         if self.recipe.offline is not None and self.recipe.offline.behaviour == "reference":
             for episode in episodes:
                 if episode.behaviour_log_probs is None:
                     episode.behaviour_log_probs = episode.reference_log_probs
         if self.recipe.qlearning.value_sees_references:
             measure_matches([e for e in episodes if e.match_features is None])
+
+    def _read_by(self, frozen: QNetwork, unread: Sequence[Episode], name: LogProbs = "reference_log_probs") -> None:
+        """A frozen network's log-probabilities; its weights are gathered only if a process has something to read."""
+        if frozen.shards is not None and not any(self.processes.together(lambda: len(unread))):
+            return
+        with frozen.whole(), self.accelerator.autocast():
+            measure_log_probs(frozen, unread, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens, name)
 
     def state(self) -> dict[str, Any]:
         """Where in the walk over the prompts it stands, for a checkpoint."""

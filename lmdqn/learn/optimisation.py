@@ -1,15 +1,17 @@
 """One update: micro-batches, gradients through Accelerate, clipping, and the course of the learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lmdqn.errors import NotFinite
 from lmdqn.learn.processes import Processes
+from lmdqn.model.sharding import part_of
 
 Part = TypeVar("Part")
 ParameterGroup = tuple[list[nn.Parameter], float]  # parameters and their peak learning rate
@@ -59,20 +61,27 @@ class Optimiser:
         )
         self._adamw = accelerator.prepare_optimizer(adamw)
 
-    def update(self, parts: Iterable[Part], loss_of: Callable[[Part], Tensor], rate_factor: float) -> float:
+    def update(
+        self, parts: Sequence[Part], loss_of: Callable[[Part], Tensor], rate_factor: float, idle: Part | None = None
+    ) -> float:
         """Add up the gradients of `loss_of` each part and take one step; gives the gradient's norm before clipping.
 
-        Each process brings its own parts; all take the same step.
+        Each process brings its own parts; all take the same step. Where weights are sharded, all must make equally
+        many passes: those with fewer parts pass `idle` without any effect.
 
         Raises:
             NotFinite: the gradient is not; no weight has moved.
         """
-        for part in parts:
+        sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        passes = max(self.processes.together(lambda: len(parts))) if sharded else len(parts)
+        for number in range(passes):
             with self.accelerator.autocast():
-                loss = loss_of(part)
-            self.accelerator.backward(loss)
-        self.processes.sum_gradients(self._parameters)
+                loss = loss_of(parts[number]) if number < len(parts) else self._nothing(loss_of, idle)
+            self.accelerator.backward(loss * self.processes.count if sharded else loss)  # FSDP2 takes the mean
+        if not sharded:
+            self.processes.sum_gradients(self._parameters)
         norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
         if norm.isfinite() or self.accelerator.scaler is not None:  # fp16's scaler skips by itself and scales down
@@ -82,6 +91,11 @@ class Optimiser:
             raise NotFinite("the gradient of the loss is not finite")
         return float(norm)
 
+    @staticmethod
+    def _nothing(loss_of: Callable[[Part], Tensor], idle: Part | None) -> Tensor:
+        assert idle is not None
+        return 0 * loss_of(idle)
+
     def state(self) -> dict[str, Any]:
         """Adam's moments of each parameter, and the loss scale of fp16."""
         moments = {str(i): moment for i, moment in self._adamw.state_dict()["state"].items()}
@@ -89,10 +103,15 @@ class Optimiser:
         return {"moments": moments, "scaler": scaler.state_dict() if scaler is not None else None}
 
     def restore(self, state: dict[str, Any]) -> None:
-        moments = {int(i): moment for i, moment in state["moments"].items()}
+        moments = {int(i): self._own(moment, self._parameters[int(i)]) for i, moment in state["moments"].items()}
         self._adamw.load_state_dict({**self._adamw.state_dict(), "state": moments})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    @staticmethod
+    def _own(moment: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
+        """This process's part of what Adam keeps of a parameter; the count of its steps has no parts."""
+        return {name: part_of(kept, parameter) if kept.dim() else kept for name, kept in moment.items()}
 
 
 def rate_factor(schedule: str, progress: float, warmup: float) -> float:

@@ -1,11 +1,12 @@
 """The processes that learn together, started by `accelerate launch`: who does which share, and what they exchange.
 
-Every process holds the same weights, the same replay and the same counters. Each rolls out and scores its share of a
-step's prompts, and takes its share of each batch; episodes are gathered, gradients summed. What is random depends on
-seed, step and prompt, never on who does it, so the number of processes changes nothing but rounding.
+Every process has the same weights (or its shard of them) and the same counters. Each rolls out and scores its share of
+a step's prompts, keeps its share of the replay, and learns from its share of each batch; gradients are summed. What is
+random depends on seed, step and prompt, never on who does it, so the number of processes changes nothing but rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,10 @@ class Processes:
         """The items that fall to a process, this one unless said."""
         return list(items[self.rank if rank is None else rank :: self.count])
 
+    def holds(self, number: int) -> bool:
+        """Whether this process keeps the group of that number."""
+        return number % self.count == self.rank
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """Every process does its work: what each of them gives, by rank.
 
@@ -48,8 +53,7 @@ class Processes:
         except UserError as error:
             problem = error
         outcomes: list[tuple[T, UserError | None]] = [None] * self.count  # type: ignore[list-item]
-        with _others_alive():
-            torch.distributed.all_gather_object(outcomes, (value, problem))
+        torch.distributed.all_gather_object(outcomes, (value, problem))
         for _, told in outcomes:
             if told is not None:
                 raise told
@@ -91,20 +95,43 @@ class Processes:
 
     def _sum(self, tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with _others_alive():
-            torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
 
-class _others_alive:  # noqa: N801  (a context manager, read as a phrase)
-    """A collective call fails at once when a process has died: tell so."""
+def part() -> None:
+    """Processes that have done all their work leave each other."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
-    def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            first = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"another process of this run has ended ({first}); go on from the last checkpoint with --resume"
-            ) from error
+def deal(numbers: Sequence[int], processes: int) -> list[list[int]]:
+    """Who learns from which group: all as many, to within one, and where that goes those that a process holds."""
+    most = -(-len(numbers) // processes)
+    hands: list[list[int]] = [[] for _ in range(processes)]
+    moving: list[int] = []
+    for number in numbers:
+        hand = hands[number % processes]
+        (hand if len(hand) < most else moving).append(number)
+    for number in moving:
+        min(hands, key=len).append(number)
+    return hands
+
+
+@contextmanager
+def others_alive() -> Iterator[None]:
+    """What processes do together fails at once when one of them has died: tell so.
+
+    Raises:
+        UserError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"another process of this run has ended ({first}); go on from the last checkpoint with --resume"
+        ) from error

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 import torch
 
-from lmdqn.episodes import Batch, Episode
+from lmdqn.episodes import Batch, Episode, Example
 from lmdqn.learn.objective import Learnt
 from lmdqn.learn.replay import Group
 from lmdqn.text.metrics import repeated_4grams
 
 Record = TypeVar("Record", Batch, Learnt)
+NO_EXAMPLE = Example("", (), (), (), "")
 MODEL_INPUTS = ("decoder_ids", "decoder_mask", "position_ids", "states", "encoder_ids", "encoder_mask", "encoder_rows")
 
 
@@ -39,16 +40,17 @@ def residuals_of_groups(update: Update) -> dict[int, float]:
 
 
 def for_the_record(update: Update) -> Update:
-    """What records read of an update: on the CPU, without gradients, episodes and model inputs."""
+    """What records read of an update: on the CPU, without gradients, model inputs, and most of the episodes."""
+    parts = [[replace(episode, example=NO_EXAMPLE, match_features=None) for episode in part] for part in update.parts]
     batches = [_light(batch) for batch in update.batches]
-    return replace(update, parts=[], batches=batches, learnt=[_light(learnt) for learnt in update.learnt])
+    return replace(update, parts=parts, batches=batches, learnt=[_light(learnt) for learnt in update.learnt])
 
 
-def whole_update(shares: Sequence[Update], parts: Sequence[list[list[Episode]]]) -> Update:
-    """The update that several processes made together, from what each of them gave; `parts` are their episodes."""
+def whole_update(shares: Sequence[Update]) -> Update:
+    """The update that several processes made together, from what each of them gave."""
     return replace(
         shares[0],
-        parts=[part for of_process in parts for part in of_process],
+        parts=[part for share in shares for part in share.parts],
         batches=[batch for share in shares for batch in share.batches],
         learnt=[learnt for share in shares for learnt in share.learnt],
     )

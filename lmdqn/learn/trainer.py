@@ -1,13 +1,15 @@
 """The Q-learning phase: roll out, score, replay, update, track. Someone who knows DQN should know it at a glance."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from lmdqn.episodes import Batch, Episode, Example, by_group, make_batch, micro_batches
+from lmdqn.episodes import Batch, Episode, Example, make_batch, micro_batches, shortest_episode
 from lmdqn.errors import NotFinite
 from lmdqn.learn.behaviour import fit_sharpness
 from lmdqn.learn.budget import Budget
@@ -17,8 +19,8 @@ from lmdqn.learn.continuation import Continuation
 from lmdqn.learn.guards import Guards
 from lmdqn.learn.objective import Learnt, loss_terms, q_loss
 from lmdqn.learn.optimisation import Optimiser, Skips, rate_factor
-from lmdqn.learn.processes import Processes
-from lmdqn.learn.replay import Group, Replay
+from lmdqn.learn.processes import Processes, deal
+from lmdqn.learn.replay import Draw, Group, Replay
 from lmdqn.learn.step_record import (
     Update,
     for_the_record,
@@ -42,11 +44,10 @@ _PARTS = (
     "optimiser",
     "generators",
     "collector",
-    "replay",
     "calibration",
     "skips",
     "guards",
-)  # of a trainer, each with a state of its own
+)  # of a trainer, each with a state of its own; the replay's is asked of all processes
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Trainer:
             optimisation.weight_decay,
             optimisation.clip_norm,
         )
-        self.replay = Replay(self.recipe.replay, self.log)
+        self.replay = Replay(self.recipe.replay, self.log, self.processes.holds)
         self.generators = Generators.seeded(self.recipe.seed)
         self.collector = Collector(
             self.recipe,
@@ -225,7 +226,8 @@ class Trainer:
         return len(self.log) > 0 or len(self.replay) >= self.recipe.replay.learning_starts_episodes
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the phase depends on, for a checkpoint."""
+        """All that the rest of the phase depends on, for a checkpoint. All processes must ask for it."""
+        everywhere = self.collector.exchange(list(self.replay.episodes()))
         return {
             "step": self.step,
             "updates": self.updates,
@@ -233,13 +235,14 @@ class Trainer:
             "best": self.best,
             "checks_without_better": self.checks_without_better,
             **{part: getattr(self, part).state() for part in _PARTS},
+            "replay": self.replay.state(everywhere),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` gave."""
         self.step, self.updates = state["step"], state["updates"]
         self.best, self.checks_without_better = state["best"], state["checks_without_better"]
-        for part in _PARTS:
+        for part in (*_PARTS, "replay"):
             getattr(self, part).restore(state[part])
         self._start_clock(state["seconds"])
 
@@ -259,18 +262,22 @@ class Trainer:
         """How this step's rollout explores."""
         return exploration_at(self.recipe.rollout, self.step)
 
+    @cached_property
+    def _idle(self) -> Batch:
+        layout = self.rollout.layout
+        return make_batch([shortest_episode(self.examples, layout)], layout).to(self.networks.online.device)
+
     def update(self) -> Update:
         """One update of the online network on a batch from the replay, then of the target network."""
         recipe = self.recipe
         progress = self.budget.progress(self.step + 1)
         first = recipe.replay.priority_correction
         correction = first + progress * (1 - first)  # to 1, as the policy settles
-        episodes = self.replay.sample(recipe.replay.batch_groups, self.generators.replay, correction)
-        self.collector.measure(episodes)
-        shares = self._shares(episodes)  # of each process, its micro-batches
-        device = self.networks.online.device
-        batches = [make_batch(part, self.rollout.layout).to(device) for part in shares[self.processes.rank]]
-        if self.updates == 0 and recipe.qlearning.value_sees_references:
+        layout, device = self.rollout.layout, self.networks.online.device
+        episodes = self._dealt(self.replay.draw(recipe.replay.batch_groups, self.generators.replay, correction))
+        parts = micro_batches(episodes, layout, recipe.optimisation.micro_batch_tokens)
+        batches = [make_batch(part, layout).to(device) for part in parts]
+        if recipe.qlearning.value_sees_references and not self.networks.online.value_head.is_standardised:
             self._standardise(batches)
         terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
         learnt: list[Learnt] = []
@@ -283,9 +290,9 @@ class Trainer:
         warmup = optimisation.warmup_steps / max(1, recipe.qlearning.max_steps)
         factor = rate_factor(optimisation.schedule, progress, warmup)
         try:
-            norm = self.optimiser.update(batches, loss_of, factor)
+            norm = self.optimiser.update(batches, loss_of, factor, self._idle)
         except NotFinite as problem:
-            problem.episodes = episodes
+            problem.episodes = [e for share in self.processes.together(lambda: episodes) for e in share]
             raise
         self.updates += 1
         self.networks.track(self.updates, recipe.qlearning.target_polyak, recipe.qlearning.target_copy_every)
@@ -293,18 +300,24 @@ class Trainer:
         if reset_every is not None and self.updates % reset_every == 0:
             self.networks.reset_reference()
             self.replay.forget_reference()
-        mine = Update(shares[self.processes.rank], batches, learnt, terms, norm)
-        update = whole_update(self.processes.together(lambda: for_the_record(mine)), shares)
+        mine = Update(parts, batches, learnt[: len(batches)], terms, norm)
+        update = whole_update(self.processes.together(lambda: for_the_record(mine)))
         self.replay.learnt_from(residuals_of_groups(update))
         return update
 
-    def _shares(self, episodes: Sequence[Episode]) -> list[list[list[Episode]]]:
-        """Each process's micro-batches: groups are dealt out whole."""
-        groups, shares = by_group(episodes), []
-        for rank in range(self.processes.count):
-            dealt = [episode for group in self.processes.share(groups, rank) for episode in group]
-            shares.append(micro_batches(dealt, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens))
-        return shares
+    def _dealt(self, draws: Sequence[Draw]) -> list[Episode]:
+        """This process's share of a batch, measured: groups are dealt out whole, and come from where they are held."""
+        times = Counter(draw.number for draw in draws)
+        mine = deal(list(times), self.processes.count)[self.processes.rank]
+        logged = len(self.log)
+        here = {d.number: d.group for d in draws if d.group is not None and (d.number in mine or d.number >= logged)}
+        self.collector.measure([episode for group in here.values() for episode in group])
+        moving = [episode for number, group in here.items() if number not in mine for episode in group]
+        here |= self.collector.exchange(moving)
+        for draw in draws:
+            for episode in here.get(draw.number, ()):
+                episode.weight = draw.weight
+        return [episode for number in mine for episode in here[number] * times[number]]
 
     def _standardise(self, batches: Sequence[Batch]) -> None:
         """Measure what the value head sees by its mean and spread over the first batch, of all processes."""

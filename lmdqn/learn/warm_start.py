@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make_batch, micro_batches
+from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make_batch, micro_batches, shortest_episode
 from lmdqn.errors import NotFinite
 from lmdqn.learn.budget import Budget
 from lmdqn.learn.checkpoint import AfterStep
@@ -129,18 +129,17 @@ class WarmStart:
         """One MLE step, each process on its share; gives the loss in nats a token."""
         tokens = sum(len(episode.response_ids) for lesson in chosen for episode in lesson)
         mine = [episode for lesson in self.processes.share(chosen) for episode in lesson]
-        total = 0.0
+        losses: list[float] = []
 
         def loss_of(part: list[Episode]) -> Tensor:
-            nonlocal total
             batch = make_batch(part, self.layout).to(self.network.device)
             loss = -response_log_probs(batch, self.network(batch)).sum()
-            total += float(loss.detach()) / tokens
+            losses.append(float(loss.detach()) / tokens)
             return loss / tokens
 
         parts = micro_batches(mine, self.layout, self.recipe.optimisation.micro_batch_tokens)
-        self.optimiser.update(parts, loss_of, factor)
-        return self.processes.total(total)
+        self.optimiser.update(parts, loss_of, factor, [shortest_episode(self.examples, self.layout)])
+        return self.processes.total(sum(losses[: len(parts)]))
 
 
 def _dropout_state() -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from lmdqn.episodes import VALUE_FEATURES, Batch
 from lmdqn.errors import UserError
 from lmdqn.model.head import LMHead, head_reads
 from lmdqn.model.loading import LoadedModel, hidden_size
+from lmdqn.model.sharding import Shards, part_of
 from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
 
@@ -30,7 +31,8 @@ class ValueHead(nn.Module):
     Zero at the start. The network's output is in nats and `scale` (the temperature beta) turns it into reward units,
     so that its gradient through the Bellman residual is as large as that of a log-probability. No gradient goes into
     the language model: with it, updates were measured to run away. Features count by how far they are from their
-    usual value: it learns several times faster so.
+    usual value: it learns several times faster so. It computes in float32 under autocast too: an error of V is
+    divided by beta in every residual.
     """
 
     feature_mean: Tensor  # (F,)
@@ -52,9 +54,14 @@ class ValueHead(nn.Module):
         A feature that is NaN, not known, is taken for its mean.
         """
         standardised = ((features - self.feature_mean) * self.feature_rate).clamp(-FAR, FAR).nan_to_num(0.0)
-        seen = torch.cat([hidden.detach().float(), standardised], dim=-1)
-        inner = nn.functional.gelu(self.inner(seen))
-        return self.scale * self.outer(inner).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            seen = torch.cat([hidden.detach().float(), standardised], dim=-1)
+            return self.scale * self.outer(nn.functional.gelu(self.inner(seen)))
+
+    @property
+    def is_standardised(self) -> bool:
+        """Whether it knows its features' usual values: from its first batch, or from a run that it continues."""
+        return bool((self.feature_rate != 1).any())
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
         """From here on see features (F,) less their mean, over their deviation; one that does not vary, not at all."""
@@ -104,6 +111,7 @@ class QNetwork(nn.Module):
         self.adapter = adapter
         self.chunk_mib = chunk_mib
         self._head: LMHead | None = None
+        self.shards: Shards | None = None  # where several processes share the weights out
 
     def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
         """Logits and values at the states of the batch.
@@ -133,7 +141,7 @@ class QNetwork(nn.Module):
         """Logits of some of the states, made when asked for, with gradient if there was one when it was made."""
         with_gradient = torch.is_grad_enabled()
         with self.active():
-            head = self._head = self._head or LMHead(self.model)
+            head = self._head = self._head or LMHead(self.model)  # sharded: it is there already
 
         def logits_of(chunk: slice) -> Tensor:
             with self.active(), torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
@@ -160,8 +168,28 @@ class QNetwork(nn.Module):
         if before != self.adapter:
             self.model.set_adapter(before)
 
+    def shard(self, device: torch.device, reshard_after_forward: bool, trial: Batch) -> None:
+        """Share the weights out over all processes; all must call it, and pass `trial` through what came out.
+
+        Raises:
+            UserError: logits are to come in chunks, and this model's cannot.
+        """
+        if self.chunk_mib is not None:
+            self._head = LMHead(self.model)
+        layers = {*self.model._no_split_modules, ValueHead.__name__}
+        self.shards = Shards(self, layers, device, reshard_after_forward)
+        with torch.no_grad():  # the first pass must be through the whole, and tells each part what it is of
+            self(trial.to(device))
+        self.shards.rest()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While inside, this process can pass through the network alone. If weights are shared out, all must enter."""
+        return nullcontext() if self.shards is None else self.shards.whole()
+
     def weights(self) -> dict[str, Tensor]:
-        """The network's own weights by a name that its copies share."""
+        """The network's own weights by a name that its copies share; where they are shared out, this process's part."""
+        if self.shards is not None:
+            self.shards.rest()
         mark = f".{self.adapter}."
         named = {
             name.replace(mark, "."): p
@@ -178,7 +206,7 @@ class QNetwork(nn.Module):
             raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[:3]}")
         with torch.no_grad():
             for name, weight in own.items():
-                weight.copy_(weights[name])
+                weight.copy_(part_of(weights[name], weight))
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +283,10 @@ class Networks:
                 follower.model.requires_grad_(False)
 
     def track(self, update: int, polyak: float | None, copy_every: int | None) -> None:
-        """Move the target after update number `update` (counted from 1): by Polyak averaging, a hard copy, or both."""
+        """Move the target after update number `update` (counted from 1): by Polyak averaging, a hard copy, or both.
+
+        Where weights are shared out, each process moves its part.
+        """
         if polyak is not None:
             online = self.online.weights()
             with torch.no_grad():
@@ -266,8 +297,13 @@ class Networks:
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
         """Tell every value head the mean and standard deviation (F,) of its features."""
-        for network in filter(None, (self.online, self.target, self.reference, self.first)):
+        for network in self._all().values():
             network.value_head.standardise(mean, deviation)
+
+    def shard(self, device: torch.device, reshard_after_forward: bool, trial: Batch) -> None:
+        """Share out the weights of all of them over all processes. Adapters over one model cannot be."""
+        for network in self._all().values():
+            network.shard(device, reshard_after_forward, trial)
 
     def reset_reference(self) -> None:
         """Measure advantages against the online network as it is now; what was measured before is void."""
@@ -283,13 +319,16 @@ class Networks:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The weights of all of them, for a checkpoint."""
-        networks = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: network.weights() for name, network in networks.items() if network is not None}
+        return {name: network.weights() for name, network in self._all().items()}
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take what `state()` gave."""
         for role, weights in state.items():
             getattr(self, role).restore(weights)
+
+    def _all(self) -> dict[str, QNetwork]:
+        networks = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: network for name, network in networks.items() if network is not None}
 
 
 def response_log_probs(batch: Batch, outputs: StateOutputs) -> Tensor:

@@ -15,6 +15,8 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import QNetwork, response_log_probs
 from lmdqn.model.reading import beam_search, decode, greedy
 
+LogProbs = Literal["reference_log_probs", "first_log_probs"]  # fields of an episode that a frozen network fills
+
 
 class _Sampler:
     """Samples tokens by uniform numbers that are given, and keeps the log-probability it sampled each with.
@@ -126,7 +128,7 @@ def measure_log_probs(
     episodes: Sequence[Episode],
     layout: SequenceFormat,
     micro_batch_tokens: int,
-    name: Literal["reference_log_probs", "first_log_probs"] = "reference_log_probs",
+    name: LogProbs = "reference_log_probs",
 ) -> None:
     """Write a frozen network's log-probabilities into the episodes, once: they change only if it is reset."""
     for chunk in micro_batches(episodes, layout, micro_batch_tokens):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError, writing
 from lmdqn.model.qnetwork import QNetwork
+from lmdqn.model.sharding import state_dict
 from lmdqn.recipe import OutputSection, Recipe, dump_recipe
 from lmdqn.results.environment import environment, peak_memory_mib
 from lmdqn.results.evaluate import Evaluation
@@ -90,17 +91,20 @@ class RunFolder:
         write_whole(self.recipe, dump_recipe(recipe))
 
     def save_model(self, network: QNetwork, tokenizer: Any, folder: Path) -> None:
-        """Save what ordinary transformers or peft loads, with the value head in a file of its own beside it."""
+        """Save what ordinary transformers or peft loads, with the value head in a file of its own beside it.
+
+        Where processes share the weights out, the network must be whole.
+        """
 
         def fill(fresh: Path) -> None:
             with network.active() as model:
                 if network.adapter is None:
-                    model.save_pretrained(fresh)
+                    model.save_pretrained(fresh, state_dict=None if network.shards is None else state_dict(model))
                 else:
                     model.save_pretrained(fresh, selected_adapters=[network.adapter])
                     model.generation_config.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-            head = {name: p.detach().cpu().contiguous() for name, p in network.value_head.state_dict().items()}
+            head = {name: p.detach().cpu().contiguous() for name, p in network.value_head.named_parameters()}
             save_file(head, fresh / "value_head.safetensors", metadata={"scale": str(network.value_head.scale)})
 
         with writing(folder):

@@ -97,8 +97,9 @@ class Trackers:
         self._samples = samples[: self._recipe.output.tracked_samples]
 
     def finish(self) -> None:
-        """Close the trackers."""
-        self._accelerator.end_training()
+        """Close the trackers. Processes stay together: another run may follow in them."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def _place(self, phase: str, step: int) -> None:
         if phase != self._phase:
