@@ -67,6 +67,9 @@ class TableHead(nn.Module):
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         return self.scale * self.outer(hidden.detach())
 
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
 
 class World:
     """All responses of up to `length` tokens and their rewards; the reference policy is random, too."""

@@ -58,6 +58,10 @@ class ValueHead(nn.Module):
             seen = torch.cat([hidden.detach().float(), standardised], dim=-1)
             return self.scale * self.outer(nn.functional.gelu(self.inner(seen)))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it is, by name: its parameters, and its features' usual values."""
+        return dict(self.named_parameters()) | dict(self.named_buffers())
+
     @property
     def is_standardised(self) -> bool:
         """Whether it knows its features' usual values: from its first batch, or from a run that it continues."""
@@ -196,8 +200,7 @@ class QNetwork(nn.Module):
             for name, p in self.model.named_parameters()
             if self.adapter is None or mark in name
         }
-        of_head = dict(self.value_head.named_parameters()) | dict(self.value_head.named_buffers())
-        return named | {f"value_head.{name}": weight for name, weight in of_head.items()}
+        return named | {f"value_head.{name}": weight for name, weight in self.value_head.tensors().items()}
 
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Take what `weights()` of an equal network gave."""

@@ -104,7 +104,7 @@ class RunFolder:
                     model.save_pretrained(fresh, selected_adapters=[network.adapter])
                     model.generation_config.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-            head = {name: p.detach().cpu().contiguous() for name, p in network.value_head.named_parameters()}
+            head = {name: p.detach().cpu().contiguous() for name, p in network.value_head.tensors().items()}
             save_file(head, fresh / "value_head.safetensors", metadata={"scale": str(network.value_head.scale)})
 
         with writing(folder):
