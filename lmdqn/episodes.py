@@ -267,11 +267,10 @@ def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 def _value_features(episodes: Sequence[Episode], shape: tuple[int, ...]) -> Tensor:
     features = torch.full((*shape, VALUE_FEATURES), torch.nan)
+    features[..., MATCH_FEATURES] = torch.tensor([torch.nan if e.peers is None else e.peers for e in episodes])[:, None]
     for i, episode in enumerate(episodes):
         if episode.match_features is not None:
             features[i, : len(episode.match_features), :MATCH_FEATURES] = episode.match_features
-        if episode.peers is not None:
-            features[i, :, MATCH_FEATURES] = episode.peers
     return features
 
 

@@ -322,8 +322,8 @@ class Trainer:
     def _standardise(self, batches: Sequence[Batch]) -> None:
         """Measure what the value head sees by its mean and spread over the first batch, of all processes."""
         seen = torch.cat([batch.value_features[batch.state_mask] for batch in batches]).double()  # (N, F)
-        known = ~seen.isnan()
-        seen = seen.nan_to_num(0.0)
+        known = seen.isfinite()
+        seen = seen.where(known, 0.0)
         moments = self.processes.together(lambda: torch.stack([known.sum(0), seen.sum(0), (seen**2).sum(0)]).cpu())
         count, total, squares = torch.stack(moments).sum(0)
         mean = total / count.clamp(min=1)
