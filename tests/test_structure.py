@@ -28,7 +28,6 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.text.data",
         "lmdqn.text.prompts",
         "lmdqn.text.sentence_scores",
-        "lmdqn.text.episode_log",
         "lmdqn.text.metrics",
         "lmdqn.learn.targets",
         "lmdqn.learn.losses",
@@ -46,6 +45,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     ],
     [
         "lmdqn.text.rewards",
+        "lmdqn.text.episode_log",
         "lmdqn.learn.priorities",
         "lmdqn.learn.replay",
         "lmdqn.learn.match_features",

@@ -171,9 +171,8 @@ def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {key: _take_tensors(part, f"{path}/{key}", tensors) for key, part in node.items()}
     if isinstance(node, (list, tuple)):
         if node and isinstance(node[0], Episode):
-            examples = {example: number for number, example in enumerate(dict.fromkeys(e.example for e in node))}
-            number_of = {id(episode.example): examples[episode.example] for episode in node}
-            packed = _take_tensors(pack_episodes(node, number_of), path, tensors)
+            columns, examples = pack_episodes(node)
+            packed = _take_tensors(columns, path, tensors)
             return {"$episodes": packed, "examples": [astuple(example) for example in examples]}
         if node and isinstance(node[0], (Tensor, dict, list, tuple)):
             return [_take_tensors(part, f"{path}/{i}", tensors) for i, part in enumerate(node)]
@@ -198,12 +197,13 @@ def _as_tuple(column: Any) -> Any:
     return tuple(map(_as_tuple, column)) if isinstance(column, list) else column
 
 
-def pack_episodes(episodes: Sequence[Episode], number_of: dict[int, int]) -> State:
-    """Episodes by column; each example as its number, which `number_of` has by identity.
+def pack_episodes(episodes: Sequence[Episode]) -> tuple[State, list[Example]]:
+    """Episodes by column, and their examples, each once: a column has its place among them.
 
     Values of differing length are one tensor end to end with the lengths beside, -1 for None.
     """
-    columns: State = {"example": torch.tensor([number_of[id(e.example)] for e in episodes])}
+    places = {example: place for place, example in enumerate(dict.fromkeys(e.example for e in episodes))}
+    columns: State = {"example": torch.tensor([places[e.example] for e in episodes])}
     for name in (field.name for field in fields(Episode) if field.name != "example"):
         column = [getattr(episode, name) for episode in episodes]
         if name == "response_ids":
@@ -213,7 +213,7 @@ def pack_episodes(episodes: Sequence[Episode], number_of: dict[int, int]) -> Sta
             columns[name] = {"values": torch.cat([v for v in column if v is not None]), "lengths": lengths}
         else:
             columns[name] = column
-    return columns
+    return columns, list(places)
 
 
 def unpack_episodes(columns: State, examples: Sequence[Example]) -> list[Episode]:

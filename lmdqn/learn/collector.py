@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -84,8 +83,8 @@ class Collector:
     def exchange(self, episodes: Sequence[Episode]) -> dict[int, Group]:
         """Every process gives some whole groups, no two the same one: those of all, by their numbers."""
         if self.processes.count > 1:
-            shares = self.processes.together(lambda: pack_episodes(episodes, self._number_of))
-            episodes = [episode for columns in shares for episode in unpack_episodes(columns, self.examples)]
+            shares = self.processes.together(lambda: pack_episodes(episodes))
+            episodes = [episode for share in shares for episode in unpack_episodes(*share)]
         return {group[0].group: group for group in by_group(episodes)}
 
     def _write(self, prompts: Sequence["Prompt"], exploration: Exploration) -> list[Episode]:
@@ -105,10 +104,6 @@ class Collector:
             for k in prompt.references:
                 episodes.append(demonstration(prompt.example, k, prompt.group, self.rollout.layout.eos_ids))
         return episodes
-
-    @cached_property
-    def _number_of(self) -> dict[int, int]:
-        return {id(example): number for number, example in enumerate(self.examples)}
 
     def measure(self, episodes: Sequence[Episode]) -> None:
         """Write what the frozen networks and the references say of episodes, where that is not known yet.
