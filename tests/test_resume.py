@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import lmdqn
+from lmdqn.episodes import Example
 from lmdqn.errors import Stopped, UserError
+from lmdqn.learn.checkpoint import Checkpoints
 from lmdqn.recipe import dump_recipe, load_recipe, validate
 from tests.runs import Listening, contents
 from tests.several_runs import StopAt
@@ -235,6 +238,19 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_is_used(
     for name, content in one.items():
         if name.startswith(("model", "last", "metrics", "predictions", "checkpoints/dqn-000005")):
             assert content == other[name], name
+
+
+def test_a_flipped_bit_of_the_manifest_is_a_broken_checkpoint(tmp_path: Path) -> None:
+    """Whichever it is, unless what was written can still be read: never one for other data, or a traceback."""
+    checkpoints = Checkpoints(tmp_path, 1, [Example("a", ("b",), (5,), ((6, 2),), "a")])
+    state = {"step": 3, "weight": torch.ones(2)}
+    checkpoints.write("dqn-000003", state, None)
+    file = tmp_path / "dqn-000003" / "manifest.json"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 5, 7):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert checkpoints.problem("dqn-000003") or checkpoints.read("dqn-000003").keys() == state.keys()
 
 
 def test_nothing_is_touched_when_every_checkpoint_is_broken(halted: lmdqn.Recipe) -> None:

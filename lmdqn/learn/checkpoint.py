@@ -27,7 +27,8 @@ from lmdqn.whole_files import swap_in, write_link
 State = dict[str, Any]
 AfterStep = Callable[[int, bool, bool], None]  # (step, last of its phase, best so far on validation)
 TENSORS, REST, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FORMAT = 2
+FORMAT = 3
+DATA = "training_data_sha256"  # stands in REST, for which the manifest vouches: nothing vouches for the manifest
 
 
 class BrokenCheckpointError(Exception):
@@ -54,13 +55,13 @@ class Checkpoints:
             UserError: it cannot be written. Those that are there stay as they are.
         """
         tensors: dict[str, Tensor] = {}
-        rest = _take_tensors(state, "", tensors)
+        rest = {**_take_tensors(state, "", tensors), DATA: self._data}
 
         def fill(fresh: Path) -> None:
             save_file(tensors, fresh / TENSORS)
             (fresh / REST).write_text(json.dumps(rest), encoding="utf-8")
             sums = {file: _sha256(fresh / file) for file in (TENSORS, REST)}
-            manifest = {"format": FORMAT, "data": self._data, "sha256": sums}
+            manifest = {"format": FORMAT, "sha256": sums}
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
         with writing(self.folder / name):
@@ -137,7 +138,7 @@ def read_state(folder: Path, data: str | None = None) -> State:
             if _sha256(folder / file) != expected:
                 raise BrokenCheckpointError(f"{folder / file} is not what was written (its SHA-256 differs)")
         rest = json.loads((folder / REST).read_text(encoding="utf-8"))
-        written_for = manifest["data"]
+        written_for = rest.pop(DATA)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BrokenCheckpointError(f"{folder} cannot be read ({error})") from error
     if data not in (None, written_for):
