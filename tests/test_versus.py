@@ -12,7 +12,7 @@ import pytest
 import versus_trl
 from versus.arena import Arena, Recorder, Settings, Task
 from versus.bootstrap import draw_counts, interval, paired_p, resampled
-from versus.methods import best_sample, run_best_of_group, run_lean_grpo, standardised
+from versus.methods import best_sample, run_best_of_group, run_lean_grpo, run_more_mle, standardised
 from versus.trl_runs import check_prompts, parts_for, run_trl_grpo, run_trl_rloo
 from versus.units import METHODS, Bench, Setting, Unit, better_variant, choose
 
@@ -86,6 +86,15 @@ def test_a_lean_loop_learns(run: Run, gain: float, arena: Arena) -> None:
         assert last["episodes"] == 40 * 8 * 4
         assert last["reward"] >= start + gain
         assert arena.evaluate(recorder.last[variant], "validation").metrics["reward"] == last["reward"]
+
+
+def test_more_mle_goes_on_with_the_references(arena: Arena) -> None:
+    """It writes every reference of a step's prompts, and nears them."""
+    start = arena.evaluate(arena.fresh().model.state_dict(), "validation").metrics["reward"]
+    recorder = recorded(run_more_mle, arena, steps=40, rate=3e-4)
+    (last,) = recorder.curves["online"]
+    assert last["episodes"] == 40 * 8 * len(ROWS[0]["references"])
+    assert last["reward"] >= start + 1.0
 
 
 class Spy(Reward):

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sets", nargs="+", required=True, help="folders in it")
     add("--output", type=Path, required=True, help="where checkpoints and results are kept")
     add("--architecture", choices=("causal", "seq2seq"), default="causal")
-    add("--methods", nargs="+", help="of lmdqn trl_grpo trl_rloo lean_grpo best_of_group; default: all that can")
+    add("--methods", nargs="+", help="of lmdqn trl_grpo trl_rloo lean_grpo best_of_group more_mle; default: all")
     add("--seconds", type=float, default=180.0, help="of learning, for each run")
     add("--evaluations", type=int, default=6, help="validations in those seconds, evenly spaced")
     add("--seeds", type=int, default=3, help="runs that are compared, after tuning")

@@ -1,4 +1,4 @@
-"""lmdqn itself, and two lean loops on the same rollouts, rewards and optimiser: GRPO, and MLE on each group's best."""
+"""lmdqn itself, and three lean loops with its batches and optimiser: GRPO, MLE on each group's best, and more MLE."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from lmdqn.episodes import Episode, Example, SequenceFormat, make_batch, micro_batches
+from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make_batch, micro_batches
 from lmdqn.learn.optimisation import Optimiser, rate_factor
 from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
@@ -20,7 +20,8 @@ from versus.arena import Arena, Recorder
 
 POLYAK = 0.05  # share of the new weights in a lean loop's average, an update: lmdqn's default for its target network
 Group = Sequence[Episode]
-Lessons = Callable[[Group], list[Episode]]  # from a prompt's samples to episodes whose reward weighs their likelihood
+Write = Callable[[QNetwork, Sequence[Example], int], list[Group]]  # a step's episodes, by prompt
+Lessons = Callable[[Group], list[Episode]]  # from a prompt's episodes to those whose reward weighs their likelihood
 
 
 def run_lmdqn(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
@@ -46,12 +47,25 @@ def run_lmdqn(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
 
 def run_lean_grpo(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
     """Likelihood weighted by the group's standardised reward (Shao et al. 2024), on policy, token mean, no KL."""
-    _run_lean(standardised, arena, recipe, recorder)
+    _run_lean(_sampler(arena, recipe), standardised, arena, recipe, recorder)
 
 
 def run_best_of_group(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
     """MLE on the best sample of each group."""
-    _run_lean(best_sample, arena, recipe, recorder)
+    _run_lean(_sampler(arena, recipe), best_sample, arena, recipe, recorder)
+
+
+def run_more_mle(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
+    """The warm start goes on: MLE on all references of a step's prompts, nothing sampled."""
+
+    def references(online: QNetwork, examples: Sequence[Example], step: int) -> list[Group]:
+        eos_ids = arena.rollout.layout.eos_ids
+        return [
+            [replace(demonstration(example, k, group, eos_ids), reward=1.0) for k in range(len(example.references))]
+            for group, example in enumerate(examples)
+        ]
+
+    _run_lean(references, list, arena, recipe, recorder)
 
 
 def standardised(group: Group) -> list[Episode]:
@@ -64,8 +78,8 @@ def best_sample(group: Group) -> list[Episode]:
     return [replace(max(group, key=lambda episode: episode.reward), reward=1.0)]
 
 
-def _run_lean(lessons: Lessons, arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
-    """Sample, score, one update on what `lessons` makes of it, and a Polyak average beside the trained weights."""
+def _run_lean(write: Write, lessons: Lessons, arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
+    """Write, one update on what `lessons` makes of it, and a Polyak average beside the trained weights."""
     networks = Networks.build(arena.fresh(), recipe.qlearning.beta, recipe.seed)
     online, models = networks.online, {"online": networks.online.model, "average": networks.target.model}
     online.eval()  # no dropout, as in lmdqn
@@ -80,7 +94,7 @@ def _run_lean(lessons: Lessons, arena: Arena, recipe: Recipe, recorder: Recorder
     episodes = step = 0
     recorder.start()
     for examples in arena.prompts(recipe.seed):
-        groups = _new_groups(arena, recipe, online, examples, step)
+        groups = write(online, examples, step)
         learnt = [lesson for group in groups for lesson in lessons(group)]
         factor = rate_factor(settings.schedule, recorder.budget.progress(0), 0.0)
         _update(optimiser, online, learnt, arena.rollout.layout, settings.micro_batch_tokens, factor)
@@ -92,16 +106,21 @@ def _run_lean(lessons: Lessons, arena: Arena, recipe: Recipe, recorder: Recorder
     recorder.finish(episodes, models)
 
 
-def _new_groups(arena: Arena, recipe: Recipe, online: QNetwork, examples: Sequence[Example], step: int) -> list[Group]:
+def _sampler(arena: Arena, recipe: Recipe) -> Write:
+    """Samples of each prompt, scored."""
     samples = recipe.rollout.samples
     exploration = Exploration(recipe.rollout.temperature, recipe.rollout.top_k)
-    numbers = range(step * len(examples), (step + 1) * len(examples))
-    episodes = arena.rollout.sample(online, examples, samples, exploration, recipe.seed, numbers)
-    rewards = arena.reward(
-        [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
-    )
-    scored = [replace(episode, reward=r) for episode, r in zip(episodes, rewards, strict=True)]
-    return [scored[i : i + samples] for i in range(0, len(scored), samples)]
+
+    def write(online: QNetwork, examples: Sequence[Example], step: int) -> list[Group]:
+        numbers = range(step * len(examples), (step + 1) * len(examples))
+        episodes = arena.rollout.sample(online, examples, samples, exploration, recipe.seed, numbers)
+        rewards = arena.reward(
+            [e.text for e in episodes], [e.example.references for e in episodes], [e.example.source for e in episodes]
+        )
+        scored = [replace(episode, reward=r) for episode, r in zip(episodes, rewards, strict=True)]
+        return [scored[i : i + samples] for i in range(0, len(scored), samples)]
+
+    return write
 
 
 def _update(

@@ -13,7 +13,7 @@ from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.whole_files import write_whole
 from versus.arena import NO_LIMIT, Arena, Recorder, Settings, Task
-from versus.methods import run_best_of_group, run_lean_grpo, run_lmdqn
+from versus.methods import run_best_of_group, run_lean_grpo, run_lmdqn, run_more_mle
 from versus.trl_runs import run_trl_grpo, run_trl_rloo
 
 Result = dict[str, Any]
@@ -38,6 +38,7 @@ METHODS = {
     "trl_rloo": Method("TRL RLOO", run_trl_rloo, (5e-5, 1e-4, 2e-4, 5e-4), "linear", ("causal",)),
     "lean_grpo": Method("lean GRPO", run_lean_grpo, (5e-5, 1e-4, 2e-4, 5e-4)),
     "best_of_group": Method("best-of-group MLE", run_best_of_group, (5e-5, 1e-4, 2e-4, 5e-4)),
+    "more_mle": Method("more MLE", run_more_mle, (5e-5, 1e-4, 2e-4, 5e-4)),
 }
 
 
