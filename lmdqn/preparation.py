@@ -127,6 +127,7 @@ def _build_networks(recipe: Recipe, loaded: LoadedModel, finished: Continuation 
         recipe.optimisation.vocabulary_chunk_mib,
         recipe.qlearning.value_quantiles or 1,
         keep_first=recipe.qlearning.reference_reset_every is not None,
+        target_dtype=recipe.qlearning.target_dtype,
     )
     if finished is not None:
         networks.go_on_from(finished.networks)

@@ -17,6 +17,7 @@ from lmdqn.shipped import describe, find_recipe, shipped_recipes
 WriteRecipe = Callable[[Any], Path]
 SMALLEST = {"model": {"from_scratch": {}}, "data": {"path": "folder"}}
 PRETRAINED = ["model.from_scratch=null", "model.name=some/model"]
+HALF_TARGET = ["qlearning.target_dtype=bfloat16", "qlearning.target_polyak=null", "qlearning.target_copy_every=5"]
 
 
 def refusal(file: Path, *overrides: str) -> str:
@@ -119,6 +120,11 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
         ),
         (["qlearning.loss=path", "qlearning.form=classic"], ["qlearning.loss=path", "qlearning.form=dueling"]),
         (["qlearning.target_polyak=null"], ["target", "qlearning.target_polyak", "target_copy_every"]),
+        (["qlearning.target_dtype=bfloat16"], ["qlearning.target_dtype", "target_polyak", "target_copy_every"]),
+        (
+            [*PRETRAINED, "model.lora.rank=4", *HALF_TARGET],
+            ["qlearning.target_dtype=bfloat16", "model.lora", "adapter"],
+        ),
         (["rollout.samples=1"], ["qlearning.baseline=group", "rollout.samples"]),
         (
             ["rollout.samples=1", "qlearning.baseline=none", "qlearning.loss=path"],

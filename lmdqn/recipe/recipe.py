@@ -177,6 +177,11 @@ class Recipe(Section):
 
     def _possible_learning(self) -> None:
         qlearning, offline = self.qlearning, self.offline
+        if qlearning.target_dtype is not None and self.model.lora is not None:
+            raise ValueError(
+                f"qlearning.target_dtype={qlearning.target_dtype} is of a whole copy, and with model.lora the target "
+                "is an adapter: drop one of them"
+            )
         if qlearning.supervised and not self.replay.demonstrations:
             raise ValueError("qlearning.supervised learns demonstrations: set replay.demonstrations to 1 or more")
         if qlearning.importance != "none" and self.replay.demonstrations:
