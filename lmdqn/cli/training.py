@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmdqn.cli.common import Overrides, RecipeName, console, load, quiet_transformers
+from lmdqn.cli.common import Overrides, RecipeName, console, load, quiet_libraries
 from lmdqn.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def train(
     if continued is not None:  # of a run that was itself continued, the recipe names another
         overrides = [f"continued={{run: {json.dumps(continued)}}}", "warm_start=null", *(overrides or [])]
     resolved = load(recipe, overrides)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import pipeline
     from lmdqn.learn.processes import part
 
@@ -58,7 +58,7 @@ def quickstart(
     words = words or []
     task = words.pop(0) if words and "=" not in words[0] else "summarisation"
     recipe = quickstart_recipe(task, output or Path("runs") / f"quickstart_{task}", words)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import pipeline
 
     _show_run(pipeline.train(recipe), recipe, samples=3)

@@ -17,7 +17,7 @@ from lmdqn.cli.common import (
     console,
     load_for_model,
     progress,
-    quiet_transformers,
+    quiet_libraries,
 )
 from lmdqn.errors import UserError
 
@@ -35,7 +35,7 @@ def evaluate(
 ) -> None:
     """Score a run's model, or any model, with greedy decoding and every metric."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import answering
     from lmdqn.results.tables import result_tables, show
     from lmdqn.whole_files import write_whole
@@ -67,7 +67,7 @@ def generate(
 ) -> None:
     """Print or write a response for each source, decoded as `decoding` says."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import answering
     from lmdqn.recipe import DataSection
     from lmdqn.text.data import read_sources, source_alone
@@ -93,7 +93,7 @@ def generate(
 def chat(run_or_model: RunOrModel, overrides: Overrides = None, recipe: ForModel = None, task: OfTask = None) -> None:
     """Talk to a run's model; its responses stream. /values shows each token's advantage, /reset forgets the turns."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn.answering import load_for_use
     from lmdqn.chat import COMMANDS, Chat, converse
 
@@ -116,7 +116,7 @@ def log(
     resolved = load_for_model(run_or_model, recipe, overrides, task)
     if output.exists():
         raise UserError(f"{output} is already there: choose another name")
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn.answering import log_episodes
     from lmdqn.text.episode_log import write_log
 
