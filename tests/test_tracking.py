@@ -38,3 +38,9 @@ def test_a_pipe_is_told_the_time_left_to_the_nearer_limit(max_steps: int, max_se
 
 def test_a_terminal_shows_time_gone_and_time_left() -> None:
     assert re.search(r"\d:\d\d:\d\d +(\d|-):(\d|-)", course(True))
+
+
+def test_a_line_stays_as_it_is_however_narrow_the_pipe() -> None:
+    written = StringIO()
+    Tracker(Console(file=written, width=20)).say("a line of more than twenty letters [of/a/folder]")
+    assert written.getvalue() == "a line of more than twenty letters [of/a/folder]\n"
