@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 
 from lmdqn.cli import main
+from lmdqn.recipe import (
+    ContinuedSection,
+    DecodingSection,
+    OfflineSection,
+    QLearningSection,
+    ReplaySection,
+    RolloutSection,
+)
 from lmdqn.results.tracking import LOGGED
 from lmdqn.shipped import shipped_recipes
 
@@ -108,3 +116,22 @@ def test_every_logged_key_stands_in_the_readme_with_its_meaning() -> None:
 def test_the_catalogue_names_every_recipe() -> None:
     catalogue = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", catalogue, re.M)) == set(shipped_recipes())
+
+
+PARTS = {
+    "qlearning": QLearningSection,
+    "rollout": RolloutSection,
+    "replay": ReplaySection,
+    "offline": OfflineSection,
+    "continued": ContinuedSection,
+    "decoding": DecodingSection,
+}
+
+
+@pytest.mark.parametrize("section", PARTS)
+def test_every_part_has_its_row_in_the_method(section: str) -> None:
+    """Its equation, paper, use and cost; a budget is no part of the method."""
+    tables = [line for line in (ROOT / "recipes" / "METHOD.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    for field in PARTS[section].model_fields:
+        if not field.startswith("max_"):
+            assert any(re.search(rf"`[^`]*\b{field}\b[^`]*`", line) for line in tables), field

@@ -33,7 +33,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Also write metrics and responses to this JSON file.")] = None,
     task: OfTask = None,
 ) -> None:
-    """Score a run's model, or any model, with greedy decoding and every metric."""
+    """Score a run's model, or any model, by every metric; it decodes as `decoding` says: greedily unless told."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
     quiet_libraries()
     from lmdqn import answering
