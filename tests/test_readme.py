@@ -16,6 +16,7 @@ from lmdqn.recipe import (
     QLearningSection,
     ReplaySection,
     RolloutSection,
+    Section,
 )
 from lmdqn.results.tracking import LOGGED
 from lmdqn.shipped import shipped_recipes
@@ -118,7 +119,7 @@ def test_the_catalogue_names_every_recipe() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", catalogue, re.M)) == set(shipped_recipes())
 
 
-PARTS = {
+PARTS: dict[str, type[Section]] = {
     "qlearning": QLearningSection,
     "rollout": RolloutSection,
     "replay": ReplaySection,
