@@ -73,7 +73,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from lmdqn.results.run_folder import RunFolder
     from lmdqn.results.trackers import check_installed
     from lmdqn.text.data import SPLITS, load_pairs
-    from lmdqn.text.episode_log import read_log_rows
+    from lmdqn.text.episode_log import read_logs
     from lmdqn.text.rewards import TaskRewards
 
     typer.echo(dump_recipe(resolved))
@@ -91,9 +91,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         from lmdqn.learn.continuation import finished_run
 
         typer.echo(f"learning on from: {finished_run(resolved).path}")
-    if resolved.offline is not None:
-        rows = read_log_rows(Path(resolved.offline.path), resolved.offline.in_memory)
-        typer.echo(f"log: {len(rows)} episodes")
+    for key, rows in read_logs(resolved).items():
+        typer.echo(f"{key}: {len(rows)} episodes")
     try:
         typer.echo(f"memory: {estimate_memory(resolved)}")
     except UserError as error:
