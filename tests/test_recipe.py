@@ -142,6 +142,8 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
             ["qlearning.importance=token", "replay.demonstrations=1"],
             ["qlearning.importance=token", "replay.demonstrations"],
         ),
+        (["rollout.epsilon_start=0.5"], ["rollout.epsilon_start", "rollout.epsilon_greedy=true"]),
+        (["offline={path: x}", "replay.demonstrations=1"], ["replay.demonstrations", "offline.rounds=0"]),
         (["replay.sampling=prioritised"], ["replay.sampling=prioritised", "replay.fresh_share"]),
         (["replay.learning_starts_episodes=5000"], ["replay.learning_starts_episodes", "replay.capacity_episodes"]),
         (["offline={path: x, rounds: 2}"], ["offline.rounds", "replay.fresh_share"]),

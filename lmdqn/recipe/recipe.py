@@ -189,6 +189,11 @@ class Recipe(Section):
                 f"qlearning.importance={qlearning.importance} needs to know the behaviour policy, and "
                 "replay.demonstrations have none: set 0 demonstrations, or importance=none"
             )
+        if offline is not None and not offline.rounds and self.replay.demonstrations:
+            raise ValueError(
+                "replay.demonstrations join rollouts, and with offline.rounds=0 there are none: set rounds, or log the "
+                "references as episodes"
+            )
         if offline is not None and offline.rounds and self.replay.fresh_share == 1:
             raise ValueError(
                 "offline.rounds merges rollouts with the log, and with replay.fresh_share=1 updates see only the "
