@@ -120,7 +120,8 @@ def log(
     from lmdqn.answering import log_episodes
     from lmdqn.text.episode_log import write_log
 
-    episodes = log_episodes(run_or_model, resolved, split)
+    count, sampled = log_episodes(run_or_model, resolved, split)
+    episodes = list(progress(sampled, count, shown=True))
     write_log(output, episodes)
     mean = sum(episode.reward for episode in episodes) / len(episodes)
     typer.echo(f"{output}: {len(episodes)} episodes, mean reward {mean:.3f}")
