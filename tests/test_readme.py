@@ -136,3 +136,20 @@ def test_every_part_has_its_row_in_the_method(section: str) -> None:
     for field in PARTS[section].model_fields:
         if not field.startswith("max_"):
             assert any(re.search(rf"`[^`]*\b{field}\b[^`]*`", line) for line in tables), field
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "recipes/METHOD.md", "recipes/RESULTS.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    here = ROOT / page
+    for link in re.findall(r"\]\(([^)]+)\)", here.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = here.parent / file if file else here
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
