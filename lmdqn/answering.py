@@ -81,8 +81,10 @@ def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Ca
     return lambda examples: respond(network, rollout, examples, decoding, recipe.seed, reference)
 
 
-def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: str = "train") -> list[Episode]:
-    """Sample and score responses as the recipe's rollouts would: a log for offline learning.
+def log_episodes(
+    run_or_model: str | Path, recipe: Recipe | None = None, split: str = "train"
+) -> tuple[int, Iterator[Episode]]:
+    """Sample and score responses as the recipe's rollouts would: how many, and each, made when it is asked for.
 
     Raises:
         UserError: no such run or model, or exploration that is bounded by a reference network.
@@ -94,10 +96,18 @@ def log_episodes(run_or_model: str | Path, recipe: Recipe | None = None, split: 
     examples = _encoded_split(loaded, recipe, split)
     network = QNetwork(loaded.model, ValueHead(hidden_size(loaded.model), VALUE_FEATURES, recipe.qlearning.beta))
     network.to(accelerator_for(recipe).device)
-    samples, groups = recipe.rollout.samples, range(len(examples))
-    episodes = rollout_of(loaded, recipe).sample(network, examples, samples, exploration, recipe.seed, groups)
-    TaskRewards(recipe.every_task).score(episodes)
-    return episodes
+    rollout, rewards = rollout_of(loaded, recipe), TaskRewards(recipe.every_task)
+    samples, seed, at_once = recipe.rollout.samples, recipe.seed, recipe.evaluation.batch_examples
+
+    def made() -> Iterator[Episode]:
+        for start in range(0, len(examples), at_once):
+            part = examples[start : start + at_once]
+            groups = range(start, start + len(part))
+            episodes = rollout.sample(network, part, samples, exploration, seed, groups)
+            rewards.score(episodes)
+            yield from episodes
+
+    return samples * len(examples), made()
 
 
 def load_for_use(run_or_model: str | Path, recipe: Recipe | None) -> tuple[LoadedModel, Recipe]:

@@ -189,21 +189,26 @@ class _Run:
 
     def save_target(self, folder: Path) -> None:
         """Save the target network, as it is now, as one of the run's models."""
-        target = self.parts.networks.target
-        with target.whole():
-            self.on_main(lambda: self.parts.folder.save_model(target, self.parts.tokenizer, folder))
+        self._save(self.parts.networks.target, folder)
+
+    def _save(self, network: QNetwork, folder: Path) -> None:
+        with network.whole():
+            self.on_main(lambda: self.parts.folder.save_model(network, self.parts.tokenizer, folder))
 
     def save_reference(self) -> None:
-        """Keep the policy that Q-learning begins from, of which the target is a copy now, unless it has a name.
+        """Keep the policy that Q-learning begins from, unless it has a name.
 
-        A continued run goes on with the other's.
+        Of adapters the target's is saved, an equal one yet: peft looks for that one's name. A continued run goes on
+        with the other's.
         """
         if self.parts.finished is not None:
             kept, mine = self.parts.finished.folder.reference, self.parts.folder.reference
             if kept.is_dir():
                 self.on_main(lambda: _copy(kept, mine))
         elif self.parts.recipe.warm_start is not None or self.parts.recipe.model.name is None:
-            self.save_target(self.parts.folder.reference)
+            networks = self.parts.networks
+            reference = networks.reference if networks.target.adapter is None else networks.target
+            self._save(reference, self.parts.folder.reference)
 
     def best_state(self) -> State:
         """The trainer's state when it validated best."""

@@ -1,8 +1,7 @@
 """Before a run: its recipe, data and model read, found sound and put together, and nothing written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from lmdqn.recipe import DataSection, Recipe, differing_keys, load_recipe
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.trackers import Trackers, accelerator_for, check_installed
 from lmdqn.results.tracking import Tracker
-from lmdqn.text.data import SPLITS, Pair, load_pairs
-from lmdqn.text.episode_log import EpisodeLog, read_log_rows
+from lmdqn.text.data import SPLITS, Pair, Row, load_pairs
+from lmdqn.text.episode_log import EpisodeLog, read_logs
 from lmdqn.text.prompts import encode_examples
 from lmdqn.text.rewards import TaskRewards
 
@@ -91,6 +90,7 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
         name: {split: load_pairs(task.data, split, recipe.seed) for split in SPLITS}
         for name, task in recipe.every_task.items()
     }
+    logs = read_logs(recipe)
     texts = [text for of_task in pairs.values() for text in _texts(of_task["train"])]
     section = recipe.model if finished is None else kept_model(recipe, finished.folder)
     loaded = load_model(section, texts, recipe.seed, recipe.max_response_tokens)
@@ -99,10 +99,10 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     for name, task in recipe.every_task.items():
         for split, encoded in _encode_all(pairs[name], task.data, loaded, tracker, name).items():
             examples[split] += encoded
-    log = _read_log(recipe, loaded, examples["train"], tracker)
+    log = _offline_groups(recipe, logs, loaded, examples["train"], tracker)
     if finished is not None:
         known = [*(episode.example for episode in finished.replay["episodes"]), *examples["train"]]
-        finished.episodes = _read_more_episodes(recipe, loaded, known, tracker)
+        finished.episodes = _groups_that_join(recipe, logs, loaded, known, tracker)
     return Parts(
         recipe,
         folder,
@@ -127,6 +127,7 @@ def _build_networks(recipe: Recipe, loaded: LoadedModel, finished: Continuation 
         recipe.optimisation.vocabulary_chunk_mib,
         recipe.qlearning.value_quantiles or 1,
         keep_first=recipe.qlearning.reference_reset_every is not None,
+        target_dtype=recipe.qlearning.target_dtype,
     )
     if finished is not None:
         networks.go_on_from(finished.networks)
@@ -141,39 +142,40 @@ def _shared(recipe: Recipe) -> list[tuple[str, int]]:
     return shared
 
 
-def _read_log(
-    recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], tracker: Tracker
+def _offline_groups(
+    recipe: Recipe,
+    logs: Mapping[str, Sequence[Row]],
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    tracker: Tracker,
 ) -> Sequence[list[Episode]]:
     """The offline log's groups, in memory or on disk; none where the recipe has no log."""
-    offline = recipe.offline
-    if offline is None:
+    if recipe.offline is None:
         return ()
-    log = _open_log(offline.path, "offline.path", recipe, loaded, examples, offline.in_memory)
-    needed_by = "offline.boltzmann_js_nats" if offline.boltzmann_js_nats is not None else "qlearning.importance"
-    if offline.boltzmann_js_nats is not None or recipe.qlearning.importance != "none":
-        log.check_behaviour(needed_by, offline.behaviour)
+    log = _open_log(recipe.offline.path, logs["offline.path"], recipe, loaded, examples)
     tracker.say(f"log: {len(log.rows)} episodes of {len(log)} prompts")
-    return list(log) if offline.in_memory else log
+    return list(log) if recipe.offline.in_memory else log
 
 
-def _read_more_episodes(
-    recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], tracker: Tracker
+def _groups_that_join(
+    recipe: Recipe,
+    logs: Mapping[str, Sequence[Row]],
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    tracker: Tracker,
 ) -> list[list[Episode]]:
     """The groups that join the replay of a continued run."""
     assert recipe.continued is not None
     if recipe.continued.episodes is None:
         return []
-    log = _open_log(recipe.continued.episodes, "continued.episodes", recipe, loaded, examples, in_memory=True)
-    if recipe.qlearning.importance != "none":
-        log.check_behaviour("qlearning.importance", "logged")
+    log = _open_log(recipe.continued.episodes, logs["continued.episodes"], recipe, loaded, examples)
     tracker.say(f"joining the replay: {len(log.rows)} episodes of {len(log)} prompts")
     return list(log)
 
 
 def _open_log(
-    path: str, key: str, recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example], in_memory: bool
+    path: str, rows: Sequence[Row], recipe: Recipe, loaded: LoadedModel, examples: Sequence[Example]
 ) -> EpisodeLog:
-    rows = read_log_rows(Path(path), in_memory, key)
     longest = recipe.max_response_tokens
     return EpisodeLog(path, rows, loaded.tokenizer, loaded.layout, examples, longest, recipe.qlearning)
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 from rich.console import Console
 
 import lmdqn
-from lmdqn.cli.common import quiet_transformers
+from lmdqn.cli.common import quiet_libraries
 from lmdqn.errors import Stopped
 from lmdqn.recipe import load_recipe
 from lmdqn.results.tracking import Tracker
@@ -36,7 +36,7 @@ class StopAt(Tracker):
 
 
 def train(words: Sequence[str]) -> None:
-    quiet_transformers()
+    quiet_libraries()
     is_last = int(os.environ.get("RANK", "0")) + 1 == int(os.environ.get("WORLD_SIZE", "1"))
     with patch("lmdqn.pipeline.write_report", lambda folder: None):  # it takes longer than the runs
         for word in words:

@@ -353,6 +353,21 @@ def test_copying_a_recipe_over_a_file(refusal: Refusals, tmp_path: Path) -> None
     assert mine.read_text(encoding="utf-8") == "seed: 1\n"
 
 
+def said_by_a_process(arguments: list[object], **environment: str) -> str:
+    """What a refused command writes to standard error in a process of its own, in which retries do not wait."""
+    at_once = "import time; time.sleep = lambda seconds: None; from lmdqn.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", at_once, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(lmdqn.__file__).parents[1]), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2
+    return ended.stderr
+
+
 def test_a_process_of_its_own_says_no_more(
     refusal: Refusals, write_recipe: WriteRecipe, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -364,15 +379,21 @@ def test_a_process_of_its_own_says_no_more(
     )
     folder = save(tmp_path, LlamaModel(config), byte_tokenizer)
     refusal.write_data()
-    ended = subprocess.run(
-        [sys.executable, "-m", "lmdqn", "train", write_recipe({**refusal.tree, "model": {"name": str(folder)}})],
-        env={**os.environ, "PYTHONPATH": str(Path(lmdqn.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("lmdqn: ")
-    assert ended.stderr.count("\n") == 1, ended.stderr
+    said = said_by_a_process(["train", write_recipe({**refusal.tree, "model": {"name": str(folder)}})])
+    assert said.startswith("lmdqn: ")
+    assert said.count("\n") == 1, said
+    assert not refusal.output.exists()
+
+
+@pytest.mark.parametrize("wanted", ["model", "data"])
+def test_a_hub_out_of_reach_says_no_more(
+    wanted: str, refusal: Refusals, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """Its client tries six times, and would tell of each."""
+    refusal.write_data()
+    gone = {"model": {"name": "nobody/no-model"}} if wanted == "model" else {"data": {"hub": "nobody/no-data"}}
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    said = said_by_a_process(["train", write_recipe({**refusal.tree, **gone})], **unreachable)
+    assert said.startswith("lmdqn: cannot load ")
+    assert said.count("\n") == 1, said
     assert not refusal.output.exists()

@@ -1,4 +1,4 @@
-"""The budget's clock and the course of the learning rate."""
+"""The budget's clock, early stopping, and the course of the learning rate."""
 
 import time
 
@@ -6,6 +6,7 @@ import pytest
 
 from lmdqn.learn.budget import Budget
 from lmdqn.learn.optimisation import rate_factor
+from tests.text_world import World, trainer_of, world_recipe
 
 
 class Clock:
@@ -67,6 +68,16 @@ def test_seconds_of_work_spend_the_budget(clock: Clock) -> None:
 
 def test_a_budget_of_no_steps_is_spent(clock: Clock) -> None:
     assert Budget(0, None).spent(0)
+
+
+def test_learning_ends_when_patience_has_run_out() -> None:
+    """Validated at steps 0, 2, 4, ...: the third one that is not better than the best so far is the last."""
+    recipe = world_recipe(100, evaluation={"every_steps": 2, "patience": 3})
+    trainer = trainer_of(World(), recipe)
+    scores, told = iter([0.5, 0.6, 0.4, 0.6, 0.5]), list[tuple[int, bool, bool]]()
+    trainer.run(lambda: {"reward": next(scores)}, lambda *step_last_better: told.append(step_last_better))
+    assert [step for step, _, is_better in told if is_better] == [0, 2]
+    assert told[-1] == (8, True, False)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

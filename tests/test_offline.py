@@ -117,9 +117,27 @@ def test_what_a_log_cannot_be(byte_tokenizer: Any, tmp_path: Path) -> None:
     single = write_rows(tmp_path / "single.jsonl", ROWS[:2])
     with pytest.raises(UserError, match="baseline=running"):
         open_log(single, byte_tokenizer, baseline="group")
-    with pytest.raises(UserError, match=r"row 2 has no behaviour_log_probs, which qlearning.importance needs"):
-        open_log(single, byte_tokenizer).check_behaviour("qlearning.importance", "logged")
-    open_log(single, byte_tokenizer).check_behaviour("qlearning.importance", "reference")
+
+
+def test_a_behaviour_that_nobody_knows_is_refused_before_anything_loads(
+    command_line: Callable[..., Ran],
+    write_data: Callable[..., Path],
+    write_recipe: Callable[[Any], Path],
+    tmp_path: Path,
+) -> None:
+    """Row 1 has it, row 2 has not; there is no such model, which nobody comes to learn."""
+    log = write_rows(tmp_path / "log.jsonl", ROWS)
+    recipe = write_recipe({"model": {"name": "nobody/no-model"}, "data": {"path": str(write_data())}})
+    for needed_by, wanted in (
+        ("qlearning.importance", "qlearning.importance=token"),
+        ("offline.boltzmann_js_nats", "offline.boltzmann_js_nats=0.1"),
+    ):
+        for command in ("train", "check"):
+            refused = command_line(command, recipe, f"offline.path={log}", wanted, f"output.dir={tmp_path}/run")
+            assert refused.code == 2
+            assert f"{log}, row 2 has no behaviour_log_probs, which {needed_by} needs" in refused.err
+            assert "offline.behaviour=reference" in refused.err
+            assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from lmdqn.recipe import Lora, ModelSection, OutputSection, validate
 from lmdqn.results.run_folder import RunFolder
 
 SIZES = {
+    "llama": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48},
     "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 }
@@ -78,6 +79,21 @@ def test_polyak_moves_the_target_by_the_given_share(loaded: LoadedModel) -> None
     assert before.keys() == online.keys()
     for name, weight in networks.target.weights().items():
         torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * online[name])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_a_target_of_16_bits_takes_half_the_memory_and_says_nearly_the_same(family: str) -> None:
+    loaded = scratch(family)
+    networks = Networks.build(loaded, beta=0.1, seed=0, target_dtype="bfloat16")
+    batch = a_batch(loaded)
+    torch.nn.init.ones_(networks.online.value_head.outer.weight)
+    networks.track(update=1, polyak=None, copy_every=1)
+    wanted, target = networks.online(batch), networks.target(batch)
+    held = {role: sum(p.nbytes for p in getattr(networks, role).model.parameters()) for role in networks.state()}
+    assert held["online"] == held["reference"] == 2 * held["target"]
+    assert target.values.dtype == torch.float32
+    for mine, exact in ((target.logits.float(), wanted.logits), (target.values, wanted.values)):
+        assert 0 < (mine - exact).abs().max() < 0.02 * exact.abs().max()  # a bfloat16 has a relative error of 0.004
 
 
 def test_the_reference_is_reset_and_the_first_one_kept(loaded: LoadedModel) -> None:

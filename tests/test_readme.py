@@ -9,6 +9,15 @@ from pathlib import Path
 import pytest
 
 from lmdqn.cli import main
+from lmdqn.recipe import (
+    ContinuedSection,
+    DecodingSection,
+    OfflineSection,
+    QLearningSection,
+    ReplaySection,
+    RolloutSection,
+    Section,
+)
 from lmdqn.results.tracking import LOGGED
 from lmdqn.shipped import shipped_recipes
 
@@ -108,3 +117,39 @@ def test_every_logged_key_stands_in_the_readme_with_its_meaning() -> None:
 def test_the_catalogue_names_every_recipe() -> None:
     catalogue = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", catalogue, re.M)) == set(shipped_recipes())
+
+
+PARTS: dict[str, type[Section]] = {
+    "qlearning": QLearningSection,
+    "rollout": RolloutSection,
+    "replay": ReplaySection,
+    "offline": OfflineSection,
+    "continued": ContinuedSection,
+    "decoding": DecodingSection,
+}
+
+
+@pytest.mark.parametrize("section", PARTS)
+def test_every_part_has_its_row_in_the_method(section: str) -> None:
+    """Its equation, paper, use and cost; a budget is no part of the method."""
+    tables = [line for line in (ROOT / "recipes" / "METHOD.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    for field in PARTS[section].model_fields:
+        if not field.startswith("max_"):
+            assert any(re.search(rf"`[^`]*\b{field}\b[^`]*`", line) for line in tables), field
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "recipes/METHOD.md", "recipes/RESULTS.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    here = ROOT / page
+    for link in re.findall(r"\]\(([^)]+)\)", here.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            file, _, anchor = link.partition("#")
+            target = here.parent / file if file else here
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link

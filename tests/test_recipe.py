@@ -17,6 +17,7 @@ from lmdqn.shipped import describe, find_recipe, shipped_recipes
 WriteRecipe = Callable[[Any], Path]
 SMALLEST = {"model": {"from_scratch": {}}, "data": {"path": "folder"}}
 PRETRAINED = ["model.from_scratch=null", "model.name=some/model"]
+HALF_TARGET = ["qlearning.target_dtype=bfloat16", "qlearning.target_polyak=null", "qlearning.target_copy_every=5"]
 
 
 def refusal(file: Path, *overrides: str) -> str:
@@ -119,6 +120,11 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
         ),
         (["qlearning.loss=path", "qlearning.form=classic"], ["qlearning.loss=path", "qlearning.form=dueling"]),
         (["qlearning.target_polyak=null"], ["target", "qlearning.target_polyak", "target_copy_every"]),
+        (["qlearning.target_dtype=bfloat16"], ["qlearning.target_dtype", "target_polyak", "target_copy_every"]),
+        (
+            [*PRETRAINED, "model.lora.rank=4", *HALF_TARGET],
+            ["qlearning.target_dtype=bfloat16", "model.lora", "adapter"],
+        ),
         (["rollout.samples=1"], ["qlearning.baseline=group", "rollout.samples"]),
         (
             ["rollout.samples=1", "qlearning.baseline=none", "qlearning.loss=path"],
@@ -136,6 +142,8 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
             ["qlearning.importance=token", "replay.demonstrations=1"],
             ["qlearning.importance=token", "replay.demonstrations"],
         ),
+        (["rollout.epsilon_start=0.5"], ["rollout.epsilon_start", "rollout.epsilon_greedy=true"]),
+        (["offline={path: x}", "replay.demonstrations=1"], ["replay.demonstrations", "offline.rounds=0"]),
         (["replay.sampling=prioritised"], ["replay.sampling=prioritised", "replay.fresh_share"]),
         (["replay.learning_starts_episodes=5000"], ["replay.learning_starts_episodes", "replay.capacity_episodes"]),
         (["offline={path: x, rounds: 2}"], ["offline.rounds", "replay.fresh_share"]),

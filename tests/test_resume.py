@@ -50,6 +50,7 @@ EXPERIENCE: dict[str, dict[str, dict[str, Any]]] = {
     "prioritised, exponential epsilon inside the reference's top-p": {
         "replay": {"fresh_share": 0.5, "sampling": "prioritised", "capacity_episodes": 14},
         "rollout": {
+            "epsilon_greedy": True,
             "epsilon_start": 0.5,
             "epsilon_decay": "exponential",
             "epsilon_decay_steps": 2,

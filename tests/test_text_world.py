@@ -99,6 +99,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "top-k, Double DQN, calibrated": {"backup": "double", "backup_top_k": 2, "form": "calibrated"},
     "Huber": {"huber_delta": 1.0},
     "hard copies": {"target_polyak": None, "target_copy_every": 5},
+    "hard copies in 16 bits": {"target_polyak": None, "target_copy_every": 5, "target_dtype": "bfloat16"},
     "Polyak and hard copies": {"target_polyak": 0.1, "target_copy_every": 10},
     "quantiles": {"value_quantiles": 3},
     "a policy gradient beside it": {"actor": 1.0},

@@ -154,6 +154,15 @@ def test_the_classic_form_and_epsilon_greedy_run(farm: Path, tmp_path: Path) -> 
     assert epsilons == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
 
 
+def test_a_target_of_16_bits_learns_and_is_what_ships(farm: Path, tmp_path: Path) -> None:
+    settings: Changes = {"target_dtype": "bfloat16", "target_polyak": None, "target_copy_every": 5, "max_steps": 30}
+    test = train(write_recipe(tmp_path, farm, qlearning=settings))["test"]
+    assert test["dqn"]["reward"] > test["mle"]["reward"]
+    for folder, dtype in (("model", torch.bfloat16), ("reference", torch.float32)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder, dtype="auto")
+        assert model.dtype == dtype
+
+
 def test_the_runs_folder_keeps_its_contract(causal_run: Path, farm: Path) -> None:
     assert {file.name for file in causal_run.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "results.json", "predictions.jsonl", "calibration.parquet", "report.html",

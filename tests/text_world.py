@@ -45,7 +45,7 @@ class TableModel(nn.Module):
         for token in input_ids[:, 1:].unbind(1):
             state = (state * vocabulary + token + 1).clamp(max=prefixes - 1)
             states.append(state)
-        hidden = nn.functional.one_hot(torch.stack(states, 1), prefixes).float()  # (R, L, prefixes)
+        hidden = nn.functional.one_hot(torch.stack(states, 1), prefixes).to(self.head.weight.dtype)  # (R, L, prefixes)
 
         class Output:
             logits = self.head(hidden)
@@ -65,7 +65,7 @@ class TableHead(nn.Module):
         nn.init.zeros_(self.outer.weight)
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
-        return self.scale * self.outer(hidden.detach())
+        return self.scale * self.outer(hidden.detach().float())
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
@@ -188,6 +188,8 @@ def networks_of(world: World, recipe: Recipe, start: Tensor | None = None) -> Ne
         QNetwork(TableModel(table), TableHead(world.prefixes, qlearning.beta, qlearning.value_quantiles or 1))  # type: ignore[arg-type]
         for table in tables
     ]
+    if qlearning.target_dtype is not None:
+        networks[1].model.to(getattr(torch, qlearning.target_dtype))
     return Networks(*networks)
 
 

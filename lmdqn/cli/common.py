@@ -49,10 +49,12 @@ def load_for_model(
     return loaded if task is None else loaded.for_task(task)
 
 
-def quiet_transformers() -> None:
-    """transformers' own bars and warnings would bury our lines."""
+def quiet_libraries() -> None:
+    """transformers' bars and warnings, and the hub client's retries, would bury our lines."""
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

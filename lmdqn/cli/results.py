@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lmdqn.cli.common import OfTask, Overrides, console, load_for_model, quiet_transformers
+from lmdqn.cli.common import OfTask, Overrides, console, load_for_model, quiet_libraries
 from lmdqn.errors import UserError
 
 commands = typer.Typer()
@@ -71,7 +71,7 @@ def inspect(
     task: OfTask = None,
 ) -> None:
     """Show what each token of a response was worth: its advantage, the value's course, and what else there was."""
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn.results.inspection import inspect_run, pairs_to_inspect
     from lmdqn.results.inspection_view import caveat, full_colour, terminal_parts, write_inspection
     from lmdqn.results.tables import show

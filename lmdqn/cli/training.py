@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmdqn.cli.common import Overrides, RecipeName, console, load, quiet_transformers
+from lmdqn.cli.common import Overrides, RecipeName, console, load, quiet_libraries
 from lmdqn.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def train(
     if continued is not None:  # of a run that was itself continued, the recipe names another
         overrides = [f"continued={{run: {json.dumps(continued)}}}", "warm_start=null", *(overrides or [])]
     resolved = load(recipe, overrides)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import pipeline
     from lmdqn.learn.processes import part
 
@@ -58,7 +58,7 @@ def quickstart(
     words = words or []
     task = words.pop(0) if words and "=" not in words[0] else "summarisation"
     recipe = quickstart_recipe(task, output or Path("runs") / f"quickstart_{task}", words)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import pipeline
 
     _show_run(pipeline.train(recipe), recipe, samples=3)
@@ -73,7 +73,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from lmdqn.results.run_folder import RunFolder
     from lmdqn.results.trackers import check_installed
     from lmdqn.text.data import SPLITS, load_pairs
-    from lmdqn.text.episode_log import read_log_rows
+    from lmdqn.text.episode_log import read_logs
     from lmdqn.text.rewards import TaskRewards
 
     typer.echo(dump_recipe(resolved))
@@ -91,9 +91,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         from lmdqn.learn.continuation import finished_run
 
         typer.echo(f"learning on from: {finished_run(resolved).path}")
-    if resolved.offline is not None:
-        rows = read_log_rows(Path(resolved.offline.path), resolved.offline.in_memory)
-        typer.echo(f"log: {len(rows)} episodes")
+    for key, rows in read_logs(resolved).items():
+        typer.echo(f"{key}: {len(rows)} episodes")
     try:
         typer.echo(f"memory: {estimate_memory(resolved)}")
     except UserError as error:

@@ -17,7 +17,7 @@ from lmdqn.cli.common import (
     console,
     load_for_model,
     progress,
-    quiet_transformers,
+    quiet_libraries,
 )
 from lmdqn.errors import UserError
 
@@ -33,9 +33,9 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Also write metrics and responses to this JSON file.")] = None,
     task: OfTask = None,
 ) -> None:
-    """Score a run's model, or any model, with greedy decoding and every metric."""
+    """Score a run's model, or any model, by every metric; it decodes as `decoding` says: greedily unless told."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import answering
     from lmdqn.results.tables import result_tables, show
     from lmdqn.whole_files import write_whole
@@ -67,7 +67,7 @@ def generate(
 ) -> None:
     """Print or write a response for each source, decoded as `decoding` says."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn import answering
     from lmdqn.recipe import DataSection
     from lmdqn.text.data import read_sources, source_alone
@@ -93,7 +93,7 @@ def generate(
 def chat(run_or_model: RunOrModel, overrides: Overrides = None, recipe: ForModel = None, task: OfTask = None) -> None:
     """Talk to a run's model; its responses stream. /values shows each token's advantage, /reset forgets the turns."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn.answering import load_for_use
     from lmdqn.chat import COMMANDS, Chat, converse
 
@@ -116,11 +116,12 @@ def log(
     resolved = load_for_model(run_or_model, recipe, overrides, task)
     if output.exists():
         raise UserError(f"{output} is already there: choose another name")
-    quiet_transformers()
+    quiet_libraries()
     from lmdqn.answering import log_episodes
     from lmdqn.text.episode_log import write_log
 
-    episodes = log_episodes(run_or_model, resolved, split)
+    count, sampled = log_episodes(run_or_model, resolved, split)
+    episodes = list(progress(sampled, count, shown=True))
     write_log(output, episodes)
     mean = sum(episode.reward for episode in episodes) / len(episodes)
     typer.echo(f"{output}: {len(episodes)} episodes, mean reward {mean:.3f}")

@@ -10,6 +10,7 @@ from lmdqn.episodes import MATCH_FEATURES
 from lmdqn.model.loading import add_lora, build, read_config, scratch_config, train_tokenizer
 from lmdqn.recipe import Recipe
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}  # of a weight
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
 TOKEN_BYTES = 40  # of a response: an int of Python's and its place in a list
 EPISODE_BYTES = 2500  # the object, its tensors' headers, its text and its reward's terms
@@ -61,10 +62,12 @@ def estimate_memory(recipe: Recipe) -> MemoryEstimate:
         if section.lora is not None:
             model = add_lora(model, section.lora, recipe.seed)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}[section.dtype]
+    size = BYTES[section.dtype]
     networks = 3 if recipe.qlearning.reference_reset_every is None else 4
     weights = networks * (trained if section.lora is not None else total) * size
     weights += total * size if section.lora is not None else 0
+    if recipe.qlearning.target_dtype is not None:
+        weights -= total * (size - BYTES[recipe.qlearning.target_dtype])
     optimisation = recipe.optimisation
     logits = optimisation.micro_batch_tokens * config.get_text_config().vocab_size * 4
     if optimisation.vocabulary_chunk_mib is not None:

@@ -250,10 +250,12 @@ class Networks:
         chunk_mib: float | None = None,
         quantiles: int = 1,
         keep_first: bool = False,
+        target_dtype: str | None = None,
     ) -> "Networks":
         """Equal networks: copies of the whole model, or adapters over one base model.
 
-        Logits of a batch that take more than `chunk_mib` come in chunks.
+        Logits of a batch that take more than `chunk_mib` come in chunks. Of copies, the target's weights may be held
+        in another type; its value head stays in float32.
         """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -263,6 +265,9 @@ class Networks:
         heads = [copy.deepcopy(head).to(device) for _ in range(4 if keep_first else 3)]
         if not hasattr(model, "peft_config"):
             models = [model, *(copy.deepcopy(model) for _ in heads[1:])]
+            if target_dtype is not None:
+                for weight in models[1].parameters():  # not buffers: rotary frequencies need their precision
+                    weight.data = weight.data.to(getattr(torch, target_dtype))
             networks = cls(*(QNetwork(each, head, None, chunk_mib) for each, head in zip(models, heads, strict=True)))
         else:
             config = model.peft_config[TARGET_ADAPTER]

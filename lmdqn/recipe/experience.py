@@ -31,6 +31,13 @@ class RolloutSection(Section):
         False, description="explore by epsilon-greedy instead of Boltzmann: greedy, or uniform with probability epsilon"
     )
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("epsilon_start", "epsilon_end"):
+            if getattr(self, name) and not self.epsilon_greedy:
+                raise ValueError(f"rollout.{name} is of epsilon-greedy exploration: set rollout.epsilon_greedy=true")
+        return self
+
 
 class ReplaySection(Section):
     capacity_episodes: int = Field(4096, ge=1, description="oldest groups leave when this is exceeded")

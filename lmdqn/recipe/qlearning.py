@@ -71,6 +71,11 @@ class QLearningSection(Section):
         0.05, gt=0, le=1, description="share of the online weights taken into the target each update"
     )
     target_copy_every: int | None = Field(None, ge=1, description="hard copy of the online weights every n updates")
+    target_dtype: Literal["bfloat16"] | None = Field(
+        None,
+        description="bfloat16: hold the target, a whole copy, in 16 bits a weight, moved by target_copy_every; null: "
+        "like the model",
+    )
     reference_reset_every: int | None = Field(
         None, ge=1, description="make the reference a copy of the online network every n updates; null: never"
     )
@@ -94,6 +99,11 @@ class QLearningSection(Section):
     def _possible(self) -> Self:
         if self.target_polyak is None and self.target_copy_every is None:
             raise ValueError("the target network never moves: set qlearning.target_polyak or target_copy_every")
+        if self.target_dtype is not None and self.target_polyak is not None:
+            raise ValueError(
+                f"qlearning.target_dtype={self.target_dtype} rounds the small steps of qlearning.target_polyak away: "
+                "set target_polyak=null and target_copy_every"
+            )
         if self.loss == "path":
             self._possible_path()
         elif self.path_value == "network":

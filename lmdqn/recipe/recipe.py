@@ -177,12 +177,22 @@ class Recipe(Section):
 
     def _possible_learning(self) -> None:
         qlearning, offline = self.qlearning, self.offline
+        if qlearning.target_dtype is not None and self.model.lora is not None:
+            raise ValueError(
+                f"qlearning.target_dtype={qlearning.target_dtype} is of a whole copy, and with model.lora the target "
+                "is an adapter: drop one of them"
+            )
         if qlearning.supervised and not self.replay.demonstrations:
             raise ValueError("qlearning.supervised learns demonstrations: set replay.demonstrations to 1 or more")
         if qlearning.importance != "none" and self.replay.demonstrations:
             raise ValueError(
                 f"qlearning.importance={qlearning.importance} needs to know the behaviour policy, and "
                 "replay.demonstrations have none: set 0 demonstrations, or importance=none"
+            )
+        if offline is not None and not offline.rounds and self.replay.demonstrations:
+            raise ValueError(
+                "replay.demonstrations join rollouts, and with offline.rounds=0 there are none: set rounds, or log the "
+                "references as episodes"
             )
         if offline is not None and offline.rounds and self.replay.fresh_share == 1:
             raise ValueError(

@@ -227,8 +227,12 @@ def _calibration(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     values, realised = columns["value"], columns["realised"]
     share, correlation = explained(values, realised), rank_correlation(values, realised)
     first, last = int(columns["step"].min()), int(columns["step"].max())
-    has_references = any(task.data.references for task in recipe.every_task.values())
-    seen = "; in training the value head also sees how the prefix matches the references" if has_references else ""
+    seen = ""
+    if recipe.qlearning.form == "dueling" and recipe.qlearning.value_sees_references:
+        seen = (
+            "; in training the value head also sees how the prefix matches the references and how the prompt's other "
+            "samples fared"
+        )
     note = (
         f"What V said of freshly sampled states before any update on them, against the centred return that then came: "
         f"{len(values):,} states of {len(set(columns['episode'])):,} responses, rollouts {first} to {last}{seen}. "

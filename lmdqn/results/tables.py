@@ -64,7 +64,8 @@ def samples_table(results: Mapping[str, Evaluation], examples: Sequence[Example]
 def show(console: Console, *parts: Table | Text | str) -> None:
     """Print parts; text from models and data is never read as markup."""
     for part in parts:
-        console.print(part, markup=False, highlight=False)
+        folded = console.is_terminal or not isinstance(part, str)  # in a pipe a path must stay in one piece
+        console.print(part, markup=False, highlight=False, soft_wrap=not folded)
 
 
 def signed(gain: float) -> str:

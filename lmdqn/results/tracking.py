@@ -76,7 +76,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, max_steps: int, max_seconds: float | None = None) -> Iterator[None]:

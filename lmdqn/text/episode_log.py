@@ -11,7 +11,7 @@ import torch
 
 from lmdqn.episodes import Episode, Example, SequenceFormat
 from lmdqn.errors import UserError
-from lmdqn.recipe import QLearningSection
+from lmdqn.recipe import QLearningSection, Recipe
 from lmdqn.text.data import Row, read_file
 from lmdqn.text.rewards import centre
 
@@ -50,19 +50,6 @@ class EpisodeLog(Sequence[list[Episode]]):
                 "set qlearning.baseline=running or none"
             )
 
-    def check_behaviour(self, needed_by: str, kind: str) -> None:
-        """Every row must have the behaviour's log-probabilities, unless the reference estimates them.
-
-        Raises:
-            UserError: a row has none.
-        """
-        for i, row in enumerate(self.rows):
-            if kind == "logged" and row.get("behaviour_log_probs") is None:
-                raise UserError(
-                    f"{self._where(i)} has no behaviour_log_probs, which {needed_by} needs: log them, or let the "
-                    "reference estimate them with offline.behaviour=reference"
-                )
-
     def __len__(self) -> int:
         return len(self._places)
 
@@ -82,7 +69,7 @@ class EpisodeLog(Sequence[list[Episode]]):
         return (self[number] for number in range(len(self)))
 
     def _where(self, i: int) -> str:
-        return f"{self.origin}, row {i + 1}"
+        return _row(self.origin, i)
 
     def _episode(self, i: int, group: int) -> Episode:
         row, where = self.rows[i], self._where(i)
@@ -119,6 +106,37 @@ class EpisodeLog(Sequence[list[Episode]]):
     def _example(self, prompt: str) -> Example:
         known = self._by_prompt.get(prompt)
         return known or Example("", (), tuple(self.tokenizer(prompt).input_ids), (), prompt)
+
+
+def read_logs(recipe: Recipe) -> dict[str, Sequence[Row]]:
+    """Rows of the logs that the recipe names, by the key that names each.
+
+    Raises:
+        UserError: there is no such file, it is malformed, or a row lacks the behaviour's log-probabilities that the
+            recipe needs.
+    """
+    logs: dict[str, Sequence[Row]] = {}
+    offline, continued = recipe.offline, recipe.continued
+    needed_by = "" if recipe.qlearning.importance == "none" else "qlearning.importance"
+    if offline is not None:
+        rows = logs["offline.path"] = read_log_rows(Path(offline.path), offline.in_memory)
+        needed = "offline.boltzmann_js_nats" if offline.boltzmann_js_nats is not None else needed_by
+        if needed and offline.behaviour == "logged":
+            estimate = "let the reference estimate them with offline.behaviour=reference"
+            _check_behaviour(rows, offline.path, needed, estimate)
+    if continued is not None and continued.episodes is not None:
+        rows = logs["continued.episodes"] = read_log_rows(Path(continued.episodes), True, "continued.episodes")
+        if needed_by:
+            _check_behaviour(rows, continued.episodes, needed_by, "set qlearning.importance=none")
+    return logs
+
+
+def _check_behaviour(rows: Sequence[Row], origin: str, needed_by: str, otherwise: str) -> None:
+    for i, row in enumerate(rows):
+        if row.get("behaviour_log_probs") is None:
+            raise UserError(
+                f"{_row(origin, i)} has no behaviour_log_probs, which {needed_by} needs: log them, or {otherwise}"
+            )
 
 
 def read_log_rows(file: Path, in_memory: bool, key: str = "offline.path") -> Sequence[Row]:
@@ -163,6 +181,10 @@ def _as_row(episode: Episode) -> Row:
     if episode.behaviour_log_probs is not None:
         row["behaviour_log_probs"] = [round(x, 6) for x in episode.behaviour_log_probs.tolist()]
     return row | {"response_ids": episode.response_ids, "truncated": episode.truncated}
+
+
+def _row(origin: str, i: int) -> str:
+    return f"{origin}, row {i + 1}"
 
 
 def _letters(text: str) -> str:

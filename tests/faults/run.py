@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import lmdqn
-from lmdqn.cli.common import quiet_transformers
+from lmdqn.cli.common import quiet_libraries
 from lmdqn.errors import Stopped, UserError
 from lmdqn.recipe import Recipe, validate
 from lmdqn.results.tracking import Tracker
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    quiet_transformers()
+    quiet_libraries()
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
