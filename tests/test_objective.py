@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch
 from lmdqn.learn.objective import Learnt, loss_terms
 from lmdqn.learn.objective import q_loss as loss_of_networks
+from lmdqn.learn.step_record import rollout_record
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import Networks, StateOutputs
 from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import QLearningSection
+from lmdqn.text.rewards import centre
 
 BETA = 0.5
 LAYOUT = SequenceFormat(pad_id=0, eos_ids=(1,), decoder_prefix=None, context_tokens=None)
@@ -102,6 +104,25 @@ def test_at_step_0_the_dueling_residual_is_minus_the_discounted_reward_over_beta
     learnt = q_loss(batch, network, network, QLearningSection(beta=BETA, trace=1.0))
     centred = batch.rewards.sum(1, keepdim=True)
     torch.testing.assert_close(learnt.residuals, -centred / BETA * batch.response_mask)
+
+
+@pytest.mark.parametrize("recipe", [QLearningSection(beta=BETA, trace=1.0), PATH])
+def test_a_group_of_equal_rewards_gives_no_signal(recipe: QLearningSection) -> None:
+    """At the start: rewards .7 and .7, then .2 and .6, whose residuals are (.4 - .2) / .5 and (.4 - .6) / .5."""
+    example = Example("", ("",), (5, 6), (), "")
+    groups = [[Episode(example, [token, 1], False, group) for token in (2, 3)] for group in (0, 1)]
+    for group, rewards in zip(groups, ((0.7, 0.7), (0.2, 0.6)), strict=True):
+        for episode, reward in zip(group, rewards, strict=True):
+            episode.reward, episode.reference_log_probs = reward, torch.full((2,), -1.5)
+            episode.behaviour_log_probs = episode.reference_log_probs
+        centre(group, 0.0, recipe)
+    network, batch = at_the_start(make_batch([*groups[0], *groups[1]], LAYOUT))
+    learnt = q_loss(batch, network, network, recipe)
+    torch.testing.assert_close(learnt.residuals[:, 0], torch.tensor([0.0, 0.0, 0.4, -0.4]), atol=1e-6, rtol=0)
+    learnt.loss.backward()
+    moved = network.logits.grad.abs().sum(1).view(4, 2).sum(1) > 1e-5
+    assert moved.tolist() == [False, False, True, True]
+    assert rollout_record(groups)["equal_groups_share"] == 0.5
 
 
 def test_the_classic_residual_by_hand() -> None:
