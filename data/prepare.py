@@ -208,7 +208,9 @@ SETS = {
 def hub_rows(wanted: PublicSet, split: str, options: Options) -> Iterator[Row]:
     """A split from the hub."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # its client would tell of each retry
     try:
         yield from datasets.load_dataset(wanted.hub, wanted.config(options), split=split, revision=wanted.revision)
     except (OSError, ValueError) as error:

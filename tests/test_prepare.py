@@ -3,6 +3,9 @@
 import csv
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,24 @@ def test_what_cannot_be_prepared_leaves_nothing(copy: Path, capsys: pytest.Captu
     assert sorted(copy.parent.iterdir()) == [copy]
     (copy.parent / "out").mkdir()
     assert "is already there: choose another folder" in refusal()
+
+
+def test_a_hub_out_of_reach_is_one_sentence(tmp_path: Path) -> None:
+    """In a process of its own, in which the client's retries do not wait."""
+    at_once = "import time; time.sleep = lambda seconds: None; from data.prepare import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", at_once, "samsum", "--out", str(tmp_path / "out")],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("prepare: cannot load knkarthick/samsum [test] from the hub")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_set_is_listed_with_its_licence(capsys: pytest.CaptureFixture[str]) -> None:
