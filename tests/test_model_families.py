@@ -21,8 +21,11 @@ FAMILIES = {
     "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4},
     "llama": GROUPED,
     "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 8},
     "gemma2": GROUPED | {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": GROUPED | {"head_dim": 8},
     "cohere": GROUPED | {"logit_scale": 0.25},
+    "cohere2": GROUPED | {"logit_scale": 0.25},
     "granite": GROUPED | {"logits_scaling": 3.0},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
@@ -36,7 +39,7 @@ FAMILIES = {
         "decoder_ffn_dim": 48,
     },
 }
-SHARING = {"gpt2", "llama", "qwen2", "cohere", "granite"}  # the others have windows, no positions, or an encoder
+SHARING = {"gpt2", "llama", "qwen2", "qwen3", "cohere", "granite"}  # others: windows, no positions, an encoder
 PROMPTS = ("the cat", "a dog sat on the mat, again")
 RESPONSES = (("my cat sat", "yes"), ("no dog", "a mat on the dog, so what"))
 TEXTS = [*PROMPTS, *(text for texts in RESPONSES for text in texts)] * 5
