@@ -174,6 +174,20 @@ def test_without_references_the_value_is_said_to_be_a_guess(command_line: Callab
     assert values[0] != values[1]
 
 
+def test_a_value_head_that_saw_no_references_is_shown_none(make_run: MakeRun) -> None:
+    run = make_run("blind", qlearning={"value_sees_references": False, "max_steps": 2})
+    (run / "last").rename(run / "moved")
+    shutil.rmtree(run / "model")
+    (run / "moved").rename(run / "model")
+    with_and_without = [
+        inspect_run(run, [Pair("say two", references, {"source": "say two"})]) for references in ((), ("it is two",))
+    ]
+    values = [[step.value for step in inspected[0].steps] for inspected in with_and_without]
+    assert values[0] == values[1]
+    assert any(values[0])
+    assert [caveat(load_recipe(run / "recipe.yaml"), inspected) for inspected in with_and_without] == ["", ""]
+
+
 def test_what_cannot_be_inspected_is_told(command_line: Callable[..., Ran], run: Path, tmp_path: Path) -> None:
     for arguments, reason in (
         ([run], "give --prompt TEXT or --data test"),

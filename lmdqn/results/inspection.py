@@ -70,7 +70,7 @@ def inspect_run(run: str | Path, pairs: Sequence[Pair], recipe: Recipe | None = 
 
     A = beta log(pi / pi_0), Q = V + A (calibrated: V = beta (LSE f - LSE f_0); classic: Q the logit, V its maximum,
     A = Q - V; a dueling path loss trains no value head: there is A alone). V sees how the response matches the
-    references only where the pairs have references. One model is in memory at a time.
+    references only where it learnt with them and the pairs have some. One model is in memory at a time.
 
     Raises:
         UserError: no such run, or its reference policy is not there.
@@ -85,7 +85,8 @@ def inspect_run(run: str | Path, pairs: Sequence[Pair], recipe: Recipe | None = 
     network = QNetwork(loaded.model, head.to(loaded.model.device))
     rollout = rollout_of(loaded, recipe)
     episodes = rollout.sample(network, examples, 1, GREEDY, recipe.seed, range(len(examples)))
-    measure_matches(episodes)
+    if recipe.qlearning.value_sees_references:
+        measure_matches(episodes)
     after = [_view(network, episode, loaded) for episode in episodes]
     del network, loaded
     loaded = load_on_device(folder.reference_name(recipe), recipe)

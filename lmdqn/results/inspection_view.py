@@ -32,7 +32,8 @@ def caveat(recipe: Recipe, inspected: Sequence[Inspected]) -> str:
     data = recipe.only_task.data
     learnt_with = data.references is not None or data.conversation is not None
     blind = any(not one.example.references for one in inspected)
-    return NO_REFERENCES if learnt_with and blind and recipe.qlearning.form == "dueling" else ""
+    seeing = recipe.qlearning.form == "dueling" and recipe.qlearning.value_sees_references
+    return NO_REFERENCES if seeing and learnt_with and blind else ""
 
 
 def full_colour(inspected: Sequence[Inspected]) -> float:
