@@ -48,6 +48,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     [
         "lmdqn.text.rewards",
         "lmdqn.text.episode_log",
+        "lmdqn.learn.packing",
         "lmdqn.learn.priorities",
         "lmdqn.learn.replay",
         "lmdqn.learn.match_features",
@@ -87,6 +88,7 @@ PURE = (
     "lmdqn.learn.prompt_draw",
     "lmdqn.learn.targets",
     "lmdqn.learn.losses",
+    "lmdqn.learn.packing",
     "lmdqn.learn.priorities",
     "lmdqn.learn.replay",
     "lmdqn.text.sentence_scores",

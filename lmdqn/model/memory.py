@@ -8,8 +8,10 @@ from lmdqn.model.counting import Size, size_of
 from lmdqn.recipe import ModelSection, Recipe
 
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
-TOKEN_BYTES = 40  # of a response: an int of Python's and its place in a list
-EPISODE_BYTES = 2500  # the object, its tensors' headers, its text and its reward's terms
+TOKEN_BYTES = 9  # of a packed response: its id and its text
+EPISODE_BYTES = 150  # packed: rewards and their terms, places in columns, its share of the group
+OPEN_TOKEN_BYTES = 80  # of the newest rollout: an int of Python's, its place in a list, features of the references
+OPEN_EPISODE_BYTES = 2500  # the object, its tensors' headers, its text and its reward's terms
 LOGITS_COPIES = 3  # logits, their float32 log-softmax and their gradient
 
 
@@ -82,13 +84,15 @@ def built_size(section: ModelSection, seed: int) -> Size:
 
 
 def replay_bytes(recipe: Recipe) -> int:
-    """Of a replay full of the longest responses there may be."""
+    """Of a replay full of the longest responses there may be, the newest rollout not packed yet."""
     longest = recipe.max_response_tokens
     tokens = recipe.replay.capacity_episodes * longest
     if recipe.replay.capacity_tokens is not None:
         tokens = min(tokens, recipe.replay.capacity_tokens)
+    rollout = recipe.rollout.prompts * (recipe.rollout.samples + recipe.replay.demonstrations)
     measured = 3 if recipe.qlearning.reference_reset_every is not None else 2  # log-probabilities, float32
-    return tokens * (TOKEN_BYTES + 4 * measured) + math.ceil(tokens / longest) * EPISODE_BYTES
+    packed = tokens * (TOKEN_BYTES + 4 * measured) + math.ceil(tokens / longest) * EPISODE_BYTES
+    return packed + rollout * (longest * (OPEN_TOKEN_BYTES + 4 * measured) + OPEN_EPISODE_BYTES)
 
 
 def _size(count: int) -> str:
