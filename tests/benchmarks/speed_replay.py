@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-from lmdqn.episodes import Episode, Example
+from lmdqn.episodes import Episode, Example, make_batch, micro_batches
 from lmdqn.learn.match_features import measure_matches
+from lmdqn.learn.objective import q_loss
 from lmdqn.learn.replay import Group, Replay
-from lmdqn.recipe import ReplaySection
+from lmdqn.model.exploration import Exploration
+from lmdqn.model.qnetwork import Networks
+from lmdqn.recipe import QLearningSection, ReplaySection
 
 SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of a response
 
@@ -69,6 +72,17 @@ def draw_seconds(replay: Replay, generator: torch.Generator, repeats: int = 20) 
         measuring += time.perf_counter() - drawn
         drawing += drawn - began
     return drawing / repeats, measuring / repeats
+
+
+def update_seconds(loaded: Any, groups: list[Group]) -> float:
+    """One forward and backward pass of the default loss on a batch of such groups, the optimiser left out."""
+    networks = Networks.build(loaded, 0.01, 0, 256)
+    episodes = [episode for group in groups for episode in group]
+    measure_matches(episodes)
+    began = time.perf_counter()
+    for part in micro_batches(episodes, loaded.layout, 2048):
+        q_loss(make_batch(part, loaded.layout), networks, QLearningSection(), Exploration()).loss.backward()
+    return time.perf_counter() - began
 
 
 def resident_bytes() -> int:
