@@ -8,7 +8,7 @@ import torch
 from rouge_score import rouge_scorer
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example
-from lmdqn.learn.match_features import lcs_lengths, measure_matches
+from lmdqn.learn.match_features import measure_matches, subsequence_lengths
 
 
 def measured(response: list[int], *references: list[int]) -> torch.Tensor:
@@ -22,15 +22,13 @@ def measured(response: list[int], *references: list[int]) -> torch.Tensor:
 
 def test_lcs_lengths_are_rouge_scores() -> None:
     chance = random.Random(0)
-    pairs = [tuple([chance.randrange(4) for _ in range(chance.randint(1, 12))] for _ in range(2)) for _ in range(60)]
-    width, height = (max(len(pair[side]) for pair in pairs) for side in (0, 1))
-    first = torch.tensor([pair[0] + [-1] * (width - len(pair[0])) for pair in pairs])
-    second = torch.tensor([pair[1] + [-2] * (height - len(pair[1])) for pair in pairs])
-    found = lcs_lengths(first, second).tolist()
-    for (response, reference), lengths in zip(pairs, found, strict=True):
-        table = rouge_scorer._lcs_table(response, reference)
-        assert lengths[: len(response) + 1] == [row[-1] for row in table]
-        assert lengths[len(response) :] == [lengths[len(response)]] * (width - len(response) + 1)
+    for _ in range(60):
+        response, *references = [
+            tuple([chance.randrange(4) for _ in range(chance.randint(1, 40))]) for _ in range(chance.randint(2, 5))
+        ]
+        tables = [rouge_scorer._lcs_table(response, reference) for reference in references]
+        wanted = [[table[t][-1] for table in tables] for t in range(len(response) + 1)]
+        assert subsequence_lengths(response, tuple(references)).tolist() == wanted
 
 
 def test_three_tokens_and_two_references_by_hand() -> None:

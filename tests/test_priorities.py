@@ -168,9 +168,10 @@ def test_full_correction_makes_weighted_draws_unbiased() -> None:
 
 def test_a_new_group_has_the_greatest_priority_so_far() -> None:
     priorities = Priorities(alpha=1.0)
-    priorities.enter([0, 1])
+    for number in (0, 1):
+        priorities.enter(number, 0.0)
     priorities.learnt_from({0: 5.0, 1: 0.0})
-    priorities.enter([2])
+    priorities.enter(2, 0.0)
     masses = {
         number: float(mass)
         for number, mass in zip(*(priorities.state()[k].tolist() for k in ("numbers", "masses")), strict=True)

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lmdqn
 from lmdqn import preparation
+from lmdqn.episodes import Episode
 from lmdqn.errors import UserError
+from lmdqn.learn.checkpoint import read_state
 from lmdqn.learn.launch import sharding_of_launch
 from lmdqn.learn.processes import Processes, deal
 from lmdqn.recipe import load_recipe
@@ -167,19 +169,21 @@ def assert_close(one: Path, other: Path) -> None:
 
 def replay(run: Path) -> list[tuple[int, str]]:
     """Group and text of each episode in the last checkpoint."""
-    episodes = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["learner"]["replay"]["episodes"]
-    return list(zip(episodes["$episodes"]["group"], episodes["$episodes"]["text"], strict=True))
+    return [(episode.group, episode.text) for episode in held(run)]
+
+
+def held(run: Path) -> list[Episode]:
+    """The episodes in the last checkpoint's replay."""
+    return read_state(run / "checkpoints" / "last")["learner"]["replay"]["episodes"]
 
 
 def longest(run: Path, prompts: int, processes: int) -> list[list[int]]:
     """Of each rollout in the last checkpoint, the tokens of each process's longest response."""
-    tensors = load_file(run / "checkpoints" / "last" / "tensors.safetensors")
-    lengths = tensors["/learner/replay/episodes/response_ids/lengths"].tolist()
     found: dict[int, list[int]] = {}
-    for (group, _), length in zip(replay(run), lengths, strict=True):
-        rollout, place = divmod(group, prompts)
+    for episode in held(run):
+        rollout, place = divmod(episode.group, prompts)
         of_process = found.setdefault(rollout, [0] * processes)
-        of_process[place % processes] = max(of_process[place % processes], length)
+        of_process[place % processes] = max(of_process[place % processes], len(episode.response_ids))
     return list(found.values())
 
 

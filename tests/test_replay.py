@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example
-from lmdqn.learn.replay import Draw, Group, Replay
+from lmdqn.learn.replay import Draw, Group, Replay, _different
 from lmdqn.model.memory import replay_bytes
 from lmdqn.recipe import ReplaySection, validate
 
@@ -124,34 +124,73 @@ def test_older_groups_are_drawn_uniformly() -> None:
 
 def test_the_generator_fixes_the_batch() -> None:
     replay = filled(rollout(*range(20)), rollout(*range(20, 40)))
-    batches = [[id(episode) for episode in drawn(replay, 6, 0.5, seed)] for seed in (3, 3, 4)]
+    batches = [[episode.group for episode in drawn(replay, 6, 0.5, seed)] for seed in (3, 3, 4)]
     assert batches[0] == batches[1] != batches[2]
 
 
+def test_different_places_are_drawn_uniformly() -> None:
+    counts: Counter[int] = Counter()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        places = _different(6, 4, generator)
+        assert len(set(places)) == 4
+        counts.update(places)
+    assert all(1870 < counts[place] < 2130 for place in range(6))  # 2,000 expected, standard deviation 26
+    assert sorted(_different(5, 5, generator)) == [0, 1, 2, 3, 4]
+    assert _different(5, 0, generator) == []
+
+
+def test_older_groups_are_copies_that_keep_what_they_are_measured_for() -> None:
+    replay = filled(rollout(0, 1), rollout(2), fresh_share=0.0)
+    old = [draw.group for draw in replay.draw(2, torch.Generator()) if draw.group is not None]
+    for episode in (e for group in old for e in group):
+        assert episode.reference_log_probs is None
+        episode.reference_log_probs = torch.tensor([-float(episode.group), -0.5])
+    replay.keep_measured(old)
+    assert [e.reference_log_probs is None for e in replay.episodes()] == [False] * 4 + [True] * 2
+    for draw in replay.draw(2, torch.Generator().manual_seed(1)):
+        assert draw.group is not None
+        for episode in draw.group:
+            assert episode.reference_log_probs is not None
+            assert episode.reference_log_probs.tolist() == [-draw.number, -0.5]
+    replay.forget_reference()
+    assert all(e.reference_log_probs is None for e in replay.episodes())
+
+
 def test_the_memory_estimate_is_near_what_a_full_replay_takes() -> None:
-    """Allocations of Python and torch for 200 episodes of 50 tokens, everything measured, within a factor of two."""
-    recipe = validate(
-        {
-            "model": {"from_scratch": {}},
-            "data": {"path": ".", "max_response_tokens": 50},
-            "replay": {"capacity_episodes": 200},
-        },
-        "test",
-    )
+    """Allocations of Python, numpy and torch for 2,048 episodes of 50 tokens, everything measured, within a half."""
+    capacity = {"capacity_episodes": 2048}
+    data = {"path": ".", "max_response_tokens": 50}
+    recipe = validate({"model": {"from_scratch": {}}, "data": data, "replay": capacity}, "test")
     tracemalloc.start()
-    replay, tensors = Replay(recipe.replay), 0
-    for number in range(100):
-        group = []
-        for k in range(2):
-            ids = [1000 + number + k + t for t in range(50)]
-            episode = Episode(EXAMPLE, ids, False, number, text="word " * 40, terms={"bleu": 0.5, "rougeL": 0.25})
-            episode.behaviour_log_probs, episode.reference_log_probs = torch.zeros(50), torch.zeros(50)
-            episode.match_features = torch.zeros(51, MATCH_FEATURES)
-            tensors += 4 * (100 + 51 * MATCH_FEATURES)
-            group.append(episode)
-        replay.add([group])
+    replay = Replay(recipe.replay)
+    for number in range(0, 512, 16):
+        replay.add([measured_group(group) for group in range(number, number + 16)])
+    tensors = 64 * 4 * (100 + 51 * MATCH_FEATURES)  # of the newest rollout: torch's are not traced
     taken = tracemalloc.get_traced_memory()[0] + tensors
     tracemalloc.stop()
-    assert 0.5 < replay_bytes(recipe) / taken < 2
-    fewer = recipe.replay.model_copy(update={"capacity_tokens": 5000})
-    assert replay_bytes(recipe.model_copy(update={"replay": fewer})) == replay_bytes(recipe) // 2
+    assert len(replay) == 2048
+    assert 1 / 1.5 < replay_bytes(recipe) / taken < 1.5
+    assert packed_bytes_a_token(replay) < 24
+    fewer = recipe.replay.model_copy(update={"capacity_tokens": 51200})
+    newest = replay_bytes(recipe.model_copy(update={"replay": fewer.model_copy(update={"capacity_episodes": 0})}))
+    half = replay_bytes(recipe.model_copy(update={"replay": fewer}))
+    assert half - newest == (replay_bytes(recipe) - newest) // 2
+
+
+def measured_group(number: int) -> Group:
+    group = []
+    for k in range(4):
+        ids = [1000 + number + k + t for t in range(50)]
+        episode = Episode(EXAMPLE, ids, False, number, text="word " * 40, terms={"bleu": 0.5, "rougeL": 0.25})
+        episode.behaviour_log_probs, episode.reference_log_probs = torch.zeros(50), torch.zeros(50)
+        episode.match_features = torch.zeros(51, MATCH_FEATURES)
+        group.append(episode)
+    return group
+
+
+def packed_bytes_a_token(replay: Replay) -> float:
+    """Of the columns alone."""
+    blocks = {id(held.packed): held.packed for held in replay._older if held.packed is not None}.values()
+    tokens = sum(len(block.columns["response_ids"]) for block in blocks)
+    return sum(column.nbytes for block in blocks for column in block.columns.values()) / tokens

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdqn
@@ -39,6 +40,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.model.loading",
         "lmdqn.model.head",
         "lmdqn.model.reading",
+        "lmdqn.model.counting",
         "lmdqn.model.memory",
         "lmdqn.model.vocabulary",
         "lmdqn.model.exploration",
@@ -46,6 +48,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     [
         "lmdqn.text.rewards",
         "lmdqn.text.episode_log",
+        "lmdqn.learn.packing",
         "lmdqn.learn.priorities",
         "lmdqn.learn.replay",
         "lmdqn.learn.match_features",
@@ -85,6 +88,7 @@ PURE = (
     "lmdqn.learn.prompt_draw",
     "lmdqn.learn.targets",
     "lmdqn.learn.losses",
+    "lmdqn.learn.packing",
     "lmdqn.learn.priorities",
     "lmdqn.learn.replay",
     "lmdqn.text.sentence_scores",
@@ -139,3 +143,14 @@ def test_importing_lmdqn_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_check_of_a_known_family_imports_neither_torch_nor_transformers(write_data: Callable[..., Path]) -> None:
+    code = (
+        "import sys; from lmdqn.cli import main; sys.argv = ['lmdqn', 'check', 'from_scratch_causal', "
+        f"'data.path={write_data()}']\ntry: main()\nfinally: print([m for m in "
+        "('torch', 'transformers', 'accelerate', 'nltk', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "parameters" in done.stdout
+    assert done.stdout.strip().endswith("[]")

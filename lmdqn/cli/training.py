@@ -71,28 +71,32 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from lmdqn.model.memory import estimate_memory
     from lmdqn.recipe import dump_recipe
     from lmdqn.results.run_folder import RunFolder
-    from lmdqn.results.trackers import check_installed
-    from lmdqn.text.data import SPLITS, load_pairs
-    from lmdqn.text.episode_log import read_logs
+    from lmdqn.text.data import SPLITS, count_pairs
     from lmdqn.text.rewards import TaskRewards
 
     typer.echo(dump_recipe(resolved))
     RunFolder.check(resolved.output)
-    check_installed(resolved.output.trackers)
+    if resolved.output.trackers:
+        from lmdqn.results.trackers import check_installed
+
+        check_installed(resolved.output.trackers)
     TaskRewards(resolved.every_task)
     for name, task in resolved.every_task.items():
         what = f"{name}: data" if name else "data"
         if task.data.hub is not None:
             typer.echo(f"{what}: {task.data.hub} is on the hub and was not looked at")
             continue
-        sizes = [f"{len(load_pairs(task.data, split, resolved.seed))} {split}" for split in SPLITS]
+        sizes = [f"{count_pairs(task.data, split)} {split}" for split in SPLITS]
         typer.echo(f"{what}: {', '.join(sizes)}")
     if resolved.continued is not None:
         from lmdqn.learn.continuation import finished_run
 
         typer.echo(f"learning on from: {finished_run(resolved).path}")
-    for key, rows in read_logs(resolved).items():
-        typer.echo(f"{key}: {len(rows)} episodes")
+    if resolved.offline is not None or resolved.continued is not None:
+        from lmdqn.text.episode_log import read_logs
+
+        for key, rows in read_logs(resolved).items():
+            typer.echo(f"{key}: {len(rows)} episodes")
     try:
         typer.echo(f"memory: {estimate_memory(resolved)}")
     except UserError as error:

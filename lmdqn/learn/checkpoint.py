@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError, writing
+from lmdqn.learn.packing import PackedEpisodes
 from lmdqn.whole_files import swap_in, write_link
 
 State = dict[str, Any]
 AfterStep = Callable[[int, bool, bool], None]  # (step, last of its phase, best so far on validation)
 TENSORS, REST, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FORMAT = 3
+FORMAT = 4
 DATA = "training_data_sha256"  # stands in REST, for which the manifest vouches: nothing vouches for the manifest
 
 
@@ -172,9 +173,12 @@ def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {key: _take_tensors(part, f"{path}/{key}", tensors) for key, part in node.items()}
     if isinstance(node, (list, tuple)):
         if node and isinstance(node[0], Episode):
-            columns, examples = pack_episodes(node)
-            packed = _take_tensors(columns, path, tensors)
-            return {"$episodes": packed, "examples": [astuple(example) for example in examples]}
+            packed = PackedEpisodes.of(node)
+            columns = {name: torch.from_numpy(column) for name, column in packed.columns.items()}
+            places = {example: place for place, example in enumerate(dict.fromkeys(packed.examples))}
+            columns["example"] = torch.tensor([places[example] for example in packed.examples])
+            examples = [astuple(example) for example in places]
+            return {"$episodes": _take_tensors(columns, path, tensors), "examples": examples, "terms": packed.terms}
         if node and isinstance(node[0], (Tensor, dict, list, tuple)):
             return [_take_tensors(part, f"{path}/{i}", tensors) for i, part in enumerate(node)]
     return node
@@ -189,48 +193,12 @@ def _put_tensors(node: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[node["$tensor"]]
     if "$episodes" in node:
         examples = [Example(*map(_as_tuple, columns)) for columns in node["examples"]]
-        return unpack_episodes(_put_tensors(node["$episodes"], tensors), examples)
+        columns = {name: column.numpy() for name, column in _put_tensors(node["$episodes"], tensors).items()}
+        of_each = [examples[place] for place in columns.pop("example").tolist()]
+        return PackedEpisodes(of_each, node["terms"], columns).episodes()
     return {key: _put_tensors(part, tensors) for key, part in node.items()}
 
 
 def _as_tuple(column: Any) -> Any:
     """What JSON made a list of."""
     return tuple(map(_as_tuple, column)) if isinstance(column, list) else column
-
-
-def pack_episodes(episodes: Sequence[Episode]) -> tuple[State, list[Example]]:
-    """Episodes by column, and their examples, each once: a column has its place among them.
-
-    Values of differing length are one tensor end to end with the lengths beside, -1 for None.
-    """
-    places = {example: place for place, example in enumerate(dict.fromkeys(e.example for e in episodes))}
-    columns: State = {"example": torch.tensor([places[e.example] for e in episodes])}
-    for name in (field.name for field in fields(Episode) if field.name != "example"):
-        column = [getattr(episode, name) for episode in episodes]
-        if name == "response_ids":
-            column = [torch.tensor(ids) for ids in column]
-        if any(isinstance(value, Tensor) for value in column):
-            lengths = torch.tensor([-1 if value is None else len(value) for value in column])
-            columns[name] = {"values": torch.cat([v for v in column if v is not None]), "lengths": lengths}
-        else:
-            columns[name] = column
-    return columns, list(places)
-
-
-def unpack_episodes(columns: State, examples: Sequence[Example]) -> list[Episode]:
-    """What `pack_episodes` packed."""
-    numbers = columns["example"].tolist()
-    values = {name: _unpacked(column) for name, column in columns.items() if name != "example"}
-    values["response_ids"] = [ids.tolist() for ids in values["response_ids"]]
-    return [
-        Episode(examples[number], **{name: column[i] for name, column in values.items()})
-        for i, number in enumerate(numbers)
-    ]
-
-
-def _unpacked(column: Any) -> list[Any]:
-    if not isinstance(column, dict):
-        return column
-    lengths = column["lengths"]
-    parts = iter(column["values"].split(lengths[lengths >= 0].tolist()))
-    return [None if length < 0 else next(parts).clone() for length in lengths.tolist()]

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from lmdqn.episodes import Episode, Example, by_group, demonstration
-from lmdqn.learn.checkpoint import pack_episodes, unpack_episodes
 from lmdqn.learn.match_features import measure_matches
+from lmdqn.learn.packing import PackedEpisodes
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.learn.replay import Group
@@ -83,8 +83,8 @@ class Collector:
     def exchange(self, episodes: Sequence[Episode]) -> dict[int, Group]:
         """Every process gives some whole groups, no two the same one: those of all, by their numbers."""
         if self.processes.count > 1:
-            shares = self.processes.together(lambda: pack_episodes(episodes))
-            episodes = [episode for share in shares for episode in unpack_episodes(*share)]
+            shares = self.processes.together(lambda: PackedEpisodes.of(episodes))
+            episodes = [episode for share in shares for episode in share.episodes()]
         return {group[0].group: group for group in by_group(episodes)}
 
     def _write(self, prompts: Sequence["Prompt"], exploration: Exploration) -> list[Episode]:

@@ -6,12 +6,13 @@ of the return than one that must guess the references from the source; the polic
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lmdqn.episodes import MATCH_FEATURES, Episode
 
@@ -30,59 +31,79 @@ def measure_matches(episodes: Sequence[Episode]) -> None:
     with_references = [e for e in episodes if e.example.reference_ids]
     if not with_references:
         return
-    subsequence = _subsequence_features(with_references)
-    for episode, of_lcs in zip(with_references, subsequence, strict=True):
-        of_ngrams = torch.tensor(_ngram_features(episode))
-        episode.match_features = torch.cat([of_lcs, of_ngrams], dim=1)
+    for episode in with_references:
+        episode.match_features = _features(episode.response_ids, episode.example.reference_ids)
         assert episode.match_features.shape[1] == MATCH_FEATURES
 
 
-def _subsequence_features(episodes: Sequence[Episode]) -> list[Tensor]:
-    """For each episode (n + 1, 3): recall, precision and F of the longest common subsequence, best over references."""
-    pairs = [(e.response_ids, ids) for e in episodes for ids in e.example.reference_ids]
-    responses = pad_sequence([torch.tensor(r) for r, _ in pairs], batch_first=True, padding_value=-1)
-    references = pad_sequence([torch.tensor(ids) for _, ids in pairs], batch_first=True, padding_value=-2)
-    common = lcs_lengths(responses, references).float()  # (pairs, T + 1)
-    lengths = torch.tensor([len(ids) for _, ids in pairs])[:, None]
-    t = torch.arange(common.shape[1])[None]
-    scores = torch.stack([common / lengths, common / t.clamp(min=1), 2 * common / (t + lengths)], dim=-1)
-    by_episode = scores.split([len(e.example.reference_ids) for e in episodes])
-    return [s.amax(0)[: len(e.response_ids) + 1] for s, e in zip(by_episode, episodes, strict=True)]
+def _features(response: Sequence[int], references: tuple[tuple[int, ...], ...]) -> Tensor:
+    """(n + 1, MATCH_FEATURES) of one response."""
+    n = len(response)
+    t = np.arange(n + 1.0)[:, None]  # (n + 1, 1) tokens of each prefix
+    lengths = np.array([[len(ids) for ids in references]], np.float64)  # (1, R)
+    common = subsequence_lengths(response, references)  # (n + 1, R)
+    matched = np.zeros((n + 1, LONGEST_NGRAM))
+    most = _most_in_a_reference(references)
+    for order in range(1, min(LONGEST_NGRAM, n) + 1):
+        matched[order:, order - 1] = _matches(response, order, most)
+    counts = t - np.arange(LONGEST_NGRAM)  # (n + 1, 4) n-grams of each prefix
+    precision = np.where(counts > 0, matched.cumsum(0) / counts.clip(min=1), 1.0)
+    ending = (matched * np.arange(1, LONGEST_NGRAM + 1)).max(1, keepdims=True) / LONGEST_NGRAM
+    columns = [
+        (common / lengths).max(1, keepdims=True),
+        (common / t.clip(min=1)).max(1, keepdims=True),
+        (2 * common / (t + lengths)).max(1, keepdims=True),
+        precision,
+        ending,
+        t / lengths.mean(),
+    ]
+    return torch.from_numpy(np.concatenate(columns, axis=1).astype(np.float32))
 
 
-def lcs_lengths(first: Tensor, second: Tensor) -> Tensor:
-    """Length of the longest common subsequence of every prefix of `first` with the whole of `second`.
+def subsequence_lengths(response: Sequence[int], references: tuple[tuple[int, ...], ...]) -> NDArray[np.float64]:
+    """(n + 1, R) for each prefix of the response, from empty to whole: its longest common subsequences.
 
-    first (P, T), second (P, M) -> (P, T + 1). Paddings must differ from each other and from all tokens.
+    A bit a token of all references, one after the other with an empty bit between, and an addition a token of the
+    response (Hyyrö 2004).
     """
-    row = torch.zeros(len(second), second.shape[1] + 1, dtype=torch.int64)  # of the prefix with each prefix of second
-    lengths = [row[:, -1]]
-    for token in first.unbind(1):
-        extended = row[:, :-1] + (second == token[:, None])
-        row = torch.nn.functional.pad(torch.maximum(row[:, 1:], extended), (1, 0)).cummax(dim=1).values
-        lengths.append(row[:, -1])
-    return torch.stack(lengths, dim=1)
+    places, firsts, everywhere = _laid_out(references)
+    row = everywhere  # a 0 where the subsequence grew; the bit between references takes the carry of an addition
+    rows = [row]
+    for token in response:
+        if here := row & places.get(token, 0):
+            row = (row + here | row - here) & everywhere
+        rows.append(row)
+    width = everywhere.bit_length() // 8 + 1
+    grown = b"".join([(everywhere ^ row).to_bytes(width, "little") for row in rows])
+    bits = np.unpackbits(np.frombuffer(grown, np.uint8).reshape(-1, width), axis=1, bitorder="little")
+    return np.add.reduceat(bits, firsts, axis=1, dtype=np.float64)
 
 
-def _ngram_features(episode: Episode) -> list[list[float]]:
-    """(n + 1, 6): clipped precision for n = 1 .. 4, the longest matching ending over 4, and the relative length."""
-    references = episode.example.reference_ids
-    allowed = _most_in_a_reference(references)
-    mean_length = sum(len(ids) for ids in references) / len(references)
-    response, matched = episode.response_ids, [0] * LONGEST_NGRAM
+def _matches(response: Sequence[int], order: int, most: Mapping[tuple[int, ...], int]) -> list[bool]:
+    """For each n-gram of the response: does it match, being no more often there so far than in any reference?"""
+    grams = list(zip(*(response[i:] for i in range(order)), strict=False))
+    if len(set(grams)) == len(grams):
+        return [gram in most for gram in grams]
     used: Counter[tuple[int, ...]] = Counter()
-    rows = [[1.0] * LONGEST_NGRAM + [0.0, 0.0]]
-    for t in range(1, len(response) + 1):
-        ending = 0
-        for n in range(1, min(LONGEST_NGRAM, t) + 1):
-            gram = tuple(response[t - n : t])
-            if used[gram] < allowed.get(gram, 0):
-                used[gram] += 1
-                matched[n - 1] += 1
-                ending = n
-        precision = [m / (t - n) if t > n else 1.0 for n, m in enumerate(matched)]
-        rows.append([*precision, ending / LONGEST_NGRAM, t / mean_length])
-    return rows
+    matches = []
+    for gram in grams:
+        used[gram] += 1
+        matches.append(used[gram] <= most.get(gram, 0))
+    return matches
+
+
+@lru_cache(maxsize=KEPT_REFERENCES)
+def _laid_out(references: tuple[tuple[int, ...], ...]) -> tuple[dict[int, int], list[int], int]:
+    """The places of each token, each reference's first place, and all places there are."""
+    places: dict[int, int] = {}
+    firsts, first, everywhere = [], 0, 0
+    for ids in references:
+        for place, token in enumerate(ids, start=first):
+            places[token] = places.get(token, 0) | 1 << place
+        firsts.append(first)
+        everywhere |= (1 << len(ids)) - 1 << first
+        first += len(ids) + 1
+    return places, firsts, everywhere
 
 
 @lru_cache(maxsize=KEPT_REFERENCES)

@@ -1,18 +1,18 @@
 """The replay: prompt groups of episodes, kept whole, the oldest leaving first; and how a batch is drawn from it."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lmdqn.episodes import Episode
-from lmdqn.learn.priorities import Priorities
+from lmdqn.learn.packing import PackedEpisodes
+from lmdqn.learn.priorities import Priorities, RewardMasses
 from lmdqn.recipe import ReplaySection
 
 Group = list[Episode]
+BLOCK_GROUPS = 64  # are packed together, and their memory is given back together
 
 
 class Draw(NamedTuple):
@@ -23,19 +23,26 @@ class Draw(NamedTuple):
     group: Group | None  # None where another process holds it
 
 
-@dataclass
+@dataclass(slots=True)
 class _Held:
-    """A group in the ring: what draws depend on, and its episodes unless another process holds them."""
+    """A group in the ring: what draws depend on, and its episodes, packed or not, unless another process holds them."""
 
     number: int
     episodes: int
     tokens: int
     reward: float  # mean
     group: Group | None
+    packed: PackedEpisodes | None = None
+    first: int = 0  # of the packed episodes
+
+    def open(self) -> Group | None:
+        return self.group if self.packed is None else self.packed.episodes(self.first, self.episodes)
 
 
 class Replay:
     """A ring of prompt groups within the recipe's capacity (but always the newest rollout), and a log that stays.
+
+    What is older than the newest rollout is packed: draws give copies, and `keep_measured` takes what they lacked.
 
     The log's groups are numbered by their place in it, and others from its length on. Of several processes each keeps
     the episodes of the groups that `holds` tells it by their number, and of all groups what draws depend on: all of
@@ -53,26 +60,31 @@ class Replay:
         self.recipe = recipe
         self.log = log
         self._holds = holds
-        self._older: deque[_Held] = deque()
+        self.tokens = 0  # of responses, held by all processes, the log left out
+        self._episodes = 0
+        self._older: list[_Held] = []
+        self._older_by_number: dict[int, _Held] = {}
         self._fresh: list[_Held] = []
-        self._priorities = Priorities(recipe.priority_exponent) if recipe.sampling == "prioritised" else None
-        if self._priorities is not None:
-            self._priorities.enter(range(len(log)))
+        self._priorities: Priorities | RewardMasses | None = None
+        if recipe.sampling == "prioritised":
+            self._priorities = Priorities(recipe.priority_exponent)
+            for number in range(len(log)):
+                self._priorities.enter(number, 0.0)
+        elif recipe.sampling == "reward":
+            self._priorities = RewardMasses(recipe.reward_temperature)
+            for number, group in enumerate(log):
+                self._priorities.enter(number, _mean_reward(group))
 
     def __len__(self) -> int:
         """Episodes held by all processes, the log left out."""
-        return sum(held.episodes for held in (*self._older, *self._fresh))
-
-    @property
-    def tokens(self) -> int:
-        """Response tokens held by all processes, the log left out."""
-        return sum(held.tokens for held in (*self._older, *self._fresh))
+        return self._episodes
 
     def add(self, groups: Sequence[Group]) -> None:
         """Take in a rollout; it is the fresh one until the next."""
+        self._age(self._fresh)
         if self._priorities is not None:
-            self._priorities.enter(held.number for held in self._fresh)
-        self._older.extend(self._fresh)
+            for held in self._fresh:
+                self._priorities.enter(held.number, held.reward)
         self._fresh = [self._kept(group) for group in groups]
         self._drop_the_oldest()
 
@@ -87,20 +99,24 @@ class Replay:
         fresh = min(round(groups * self.recipe.fresh_share), len(self._fresh))
         older = min(groups - fresh, others)
         fresh = min(groups - older, len(self._fresh))
-        chosen = [
-            Draw(f.number, 1.0, f.group) for f in (self._fresh[i] for i in _uniform(len(self._fresh), fresh, generator))
-        ]
+        newest = torch.randperm(len(self._fresh), generator=generator)[:fresh].tolist()  # a rollout stays small
+        chosen = [Draw(held.number, 1.0, held.group) for held in (self._fresh[place] for place in newest)]
         if self._priorities is not None:
-            numbered = {old.number: old.group for old in self._older}
-            for number, weight in self._priorities.draw(older, generator, correction):
-                chosen.append(Draw(number, weight, self.log[number] if number < len(self.log) else numbered[number]))
+            drawn = self._priorities.draw(older, generator, correction)
         else:
-            by_reward = self.recipe.sampling == "reward"
-            places = (
-                _by_mass(self._reward_masses(), older, generator) if by_reward else _uniform(others, older, generator)
-            )
-            chosen += [self._older_draw(place) for place in places]
+            places = _different(others, older, generator)
+            drawn = [(p if p < len(self.log) else self._older[p - len(self.log)].number, 1.0) for p in places]
+        for number, weight in drawn:
+            group = self.log[number] if number < len(self.log) else self._older_by_number[number].open()
+            chosen.append(Draw(number, weight, group))
         return chosen
+
+    def keep_measured(self, groups: Iterable[Group]) -> None:
+        """Take the log-probabilities of groups that were drawn and then measured."""
+        for group in groups:
+            held = self._older_by_number.get(group[0].group)
+            if held is not None and held.packed is not None:
+                held.packed.measured(held.first, group)
 
     def learnt_from(self, residuals: Mapping[int, float]) -> None:
         """Take the mean |residual| of groups, by their numbers: what prioritised sampling goes by."""
@@ -110,14 +126,17 @@ class Replay:
     def forget_reference(self) -> None:
         """Drop what the reference network said of every episode: it is measured again when one is drawn."""
         held_log = self.log if isinstance(self.log, list) else ()
-        for group in (*held_log, *(held.group or () for held in (*self._older, *self._fresh))):
+        for group in (*held_log, *(held.group or () for held in self._fresh)):
             for episode in group:
                 episode.reference_log_probs = None
+        for held in self._older:
+            if held.packed is not None:
+                held.packed.forget("reference_log_probs")
 
     def episodes(self) -> Iterator[Episode]:
         """All that this process holds, oldest first, the log left out."""
         for held in (*self._older, *self._fresh):
-            yield from held.group or ()
+            yield from held.open() or ()
 
     def state(self, everywhere: Mapping[int, Group]) -> dict[str, Any]:
         """What is held, for a checkpoint; `everywhere` are the groups of all processes, by number."""
@@ -131,10 +150,12 @@ class Replay:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Hold what `state()` gave, and nothing else."""
+        self._forget_all()
         episodes = iter(state["episodes"])
         groups = [self._kept([next(episodes) for _ in range(size)]) for size in state["sizes"]]
         older = len(groups) - state["fresh"]
-        self._older, self._fresh = deque(groups[:older]), groups[older:]
+        self._age(groups[:older])
+        self._fresh = groups[older:]
         if self._priorities is not None:
             self._priorities.restore(state["priorities"])
 
@@ -148,45 +169,62 @@ class Replay:
         groups = [[next(episodes) for _ in range(size)] for size in state["sizes"]]
         for episode in (e for group in (*groups, *more) for e in group):
             episode.group += first
-        self._older, self._fresh = deque(self._kept(group) for group in (*groups, *more)), []
+        self._forget_all()
+        self._age([self._kept(group) for group in (*groups, *more)])
         if self._priorities is not None:
-            self._priorities.enter(held.number for held in self._older)
+            for held in self._older:
+                self._priorities.enter(held.number, held.reward)
         self._drop_the_oldest()
 
     def _drop_the_oldest(self) -> None:
-        while self._older and self._is_over_capacity():
-            gone = self._older.popleft()
+        gone = 0
+        while gone < len(self._older) and self._is_over_capacity():
+            held = self._older[gone]
+            gone += 1
+            self._episodes -= held.episodes
+            self.tokens -= held.tokens
+            del self._older_by_number[held.number]
             if self._priorities is not None:
-                self._priorities.leave(gone.number)
+                self._priorities.leave(held.number)
+        del self._older[:gone]
 
     def _is_over_capacity(self) -> bool:
         most_tokens = self.recipe.capacity_tokens
         return len(self) > self.recipe.capacity_episodes or (most_tokens is not None and self.tokens > most_tokens)
 
     def _kept(self, group: Group) -> _Held:
+        """Count a new group in."""
         number, tokens = group[0].group, sum(len(episode.response_ids) for episode in group)
-        reward = sum(e.reward for e in group) / len(group)
-        return _Held(number, len(group), tokens, reward, group if self._holds(number) else None)
+        self._episodes += len(group)
+        self.tokens += tokens
+        return _Held(number, len(group), tokens, _mean_reward(group), group if self._holds(number) else None)
 
-    def _older_draw(self, place: int) -> Draw:
-        if place < len(self.log):
-            return Draw(place, 1.0, self.log[place])
-        held = self._older[place - len(self.log)]
-        return Draw(held.number, 1.0, held.group)
+    def _age(self, groups: Sequence[_Held]) -> None:
+        """Pack groups, and hold them behind those that are older."""
+        self._older += groups
+        self._older_by_number |= {held.number: held for held in groups}
+        here = [(held, held.group) for held in groups if held.group is not None]
+        for begin in range(0, len(here), BLOCK_GROUPS):
+            block = here[begin : begin + BLOCK_GROUPS]
+            packed = PackedEpisodes.of([e for _, group in block for e in group], match_features=False)
+            first = 0
+            for held, group in block:
+                held.packed, held.first, held.group = packed, first, None
+                first += len(group)
 
-    def _reward_masses(self) -> Tensor:
-        """Softmax of the groups' mean rewards over the recipe's temperature."""
-        logged = [sum(e.reward for e in group) / len(group) for group in self.log]
-        means = torch.tensor([*logged, *(held.reward for held in self._older)], dtype=torch.float64)
-        return (means / self.recipe.reward_temperature).softmax(0)
+    def _forget_all(self) -> None:
+        self._older, self._older_by_number, self._fresh = [], {}, []
+        self._episodes = self.tokens = 0
 
 
-def _uniform(held: int, count: int, generator: torch.Generator) -> list[int]:
-    """`count` different places, uniformly."""
-    return torch.randperm(held, generator=generator)[:count].tolist()
+def _mean_reward(group: Group) -> float:
+    return sum(episode.reward for episode in group) / len(group)
 
 
-def _by_mass(masses: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """`count` different places, drawn by their masses one after the other (by Gumbel noise on the log-masses)."""
-    noise = -torch.rand(len(masses), generator=generator, dtype=torch.float64).log()  # exponential
-    return (masses.log() - noise.log()).topk(count).indices.tolist()
+def _different(held: int, count: int, generator: torch.Generator) -> list[int]:
+    """`count` different places, uniformly, in time that does not grow with `held` (Floyd; Bentley 1987)."""
+    chosen: dict[int, None] = {}
+    for last in range(held - count, held):
+        place = int(torch.randint(last + 1, (), generator=generator))
+        chosen[last if place in chosen else place] = None
+    return list(chosen)

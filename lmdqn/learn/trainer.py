@@ -312,6 +312,7 @@ class Trainer:
         logged = len(self.log)
         here = {d.number: d.group for d in draws if d.group is not None and (d.number in mine or d.number >= logged)}
         self.collector.measure([episode for group in here.values() for episode in group])
+        self.replay.keep_measured(here.values())
         moving = [episode for number, group in here.items() if number not in mine for episode in group]
         here |= self.collector.exchange(moving)
         for draw in draws:

@@ -4,16 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from lmdqn.episodes import MATCH_FEATURES
-from lmdqn.model.loading import add_lora, build, read_config, scratch_config, train_tokenizer
-from lmdqn.recipe import Recipe
+from lmdqn.model.counting import Size, size_of
+from lmdqn.recipe import ModelSection, Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}  # of a weight
 ADAM_BYTES = 8  # two float32 moments for each trained parameter
-TOKEN_BYTES = 40  # of a response: an int of Python's and its place in a list
-EPISODE_BYTES = 2500  # the object, its tensors' headers, its text and its reward's terms
+TOKEN_BYTES = 9  # of a packed response: its id and its text
+EPISODE_BYTES = 150  # packed: rewards and their terms, places in columns, its share of the group
+OPEN_TOKEN_BYTES = 80  # of the newest rollout: an int of Python's, its place in a list, features of the references
+OPEN_EPISODE_BYTES = 2500  # the object, its tensors' headers, its text and its reward's terms
 LOGITS_COPIES = 3  # logits, their float32 log-softmax and their gradient
 
 
@@ -43,12 +42,34 @@ class MemoryEstimate:
 
 
 def estimate_memory(recipe: Recipe) -> MemoryEstimate:
-    """Build the model on the meta device, from its config alone, and count.
+    """Count by arithmetic where the family is known, else build the model on the meta device from its config alone.
 
     Raises:
         UserError: the config of a hub model is not in the local cache (nothing is downloaded).
     """
     section = recipe.model
+    size = size_of(section) or built_size(section, recipe.seed)
+    trained = size.parameters if section.lora is None else section.lora.rank * size.lora_parameters
+    bytes_each = BYTES[section.dtype]
+    networks = 3 if recipe.qlearning.reference_reset_every is None else 4
+    weights = networks * trained * bytes_each
+    weights += size.parameters * bytes_each if section.lora is not None else 0
+    if recipe.qlearning.target_dtype is not None:
+        weights -= size.parameters * (bytes_each - BYTES[recipe.qlearning.target_dtype])
+    optimisation = recipe.optimisation
+    logits = optimisation.micro_batch_tokens * size.vocabulary * 4
+    if optimisation.vocabulary_chunk_mib is not None:
+        logits = min(logits, int(optimisation.vocabulary_chunk_mib * 2**20))
+    optimiser = trained * (bytes_each + ADAM_BYTES)
+    return MemoryEstimate(size.parameters, trained, weights, optimiser, logits * LOGITS_COPIES, replay_bytes(recipe))
+
+
+def built_size(section: ModelSection, seed: int) -> Size:
+    """By building the model on the meta device: slower, and for any family; raises as `estimate_memory`."""
+    import torch  # here, as it takes seconds that no known family needs
+
+    from lmdqn.model.loading import add_lora, build, read_config, scratch_config, train_tokenizer
+
     if section.from_scratch is not None:
         tokenizer = train_tokenizer([], section.from_scratch.vocabulary_size)
         config = scratch_config(section.from_scratch, tokenizer)
@@ -56,35 +77,25 @@ def estimate_memory(recipe: Recipe) -> MemoryEstimate:
     else:
         config = read_config(section, local_files_only=True)
     with torch.device("meta"):
-        model: Any = build(config, recipe.seed)
-        total = sum(p.numel() for p in model.parameters())
-        trained = total
+        model: Any = build(config, seed)
+        size = Size(config.get_text_config().vocab_size, sum(p.numel() for p in model.parameters()))
         if section.lora is not None:
-            model = add_lora(model, section.lora, recipe.seed)
+            model = add_lora(model, section.lora, seed)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = BYTES[section.dtype]
-    networks = 3 if recipe.qlearning.reference_reset_every is None else 4
-    weights = networks * (trained if section.lora is not None else total) * size
-    weights += total * size if section.lora is not None else 0
-    if recipe.qlearning.target_dtype is not None:
-        weights -= total * (size - BYTES[recipe.qlearning.target_dtype])
-    optimisation = recipe.optimisation
-    logits = optimisation.micro_batch_tokens * config.get_text_config().vocab_size * 4
-    if optimisation.vocabulary_chunk_mib is not None:
-        logits = min(logits, int(optimisation.vocabulary_chunk_mib * 2**20))
-    logits *= LOGITS_COPIES
-    return MemoryEstimate(total, trained, weights, trained * (size + ADAM_BYTES), logits, replay_bytes(recipe))
+            size.lora_parameters = trained // section.lora.rank
+    return size
 
 
 def replay_bytes(recipe: Recipe) -> int:
-    """Of a replay full of the longest responses there may be."""
+    """Of a replay full of the longest responses there may be, the newest rollout not packed yet."""
     longest = recipe.max_response_tokens
     tokens = recipe.replay.capacity_episodes * longest
     if recipe.replay.capacity_tokens is not None:
         tokens = min(tokens, recipe.replay.capacity_tokens)
-    measured = MATCH_FEATURES if recipe.qlearning.value_sees_references else 0
-    measured += 3 if recipe.qlearning.reference_reset_every is not None else 2  # log-probabilities, float32
-    return tokens * (TOKEN_BYTES + 4 * measured) + math.ceil(tokens / longest) * EPISODE_BYTES
+    rollout = recipe.rollout.prompts * (recipe.rollout.samples + recipe.replay.demonstrations)
+    measured = 3 if recipe.qlearning.reference_reset_every is not None else 2  # log-probabilities, float32
+    packed = tokens * (TOKEN_BYTES + 4 * measured) + math.ceil(tokens / longest) * EPISODE_BYTES
+    return packed + rollout * (longest * (OPEN_TOKEN_BYTES + 4 * measured) + OPEN_EPISODE_BYTES)
 
 
 def _size(count: int) -> str:

@@ -4,20 +4,17 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
-from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError, writing
-from lmdqn.model.qnetwork import QNetwork
-from lmdqn.model.sharding import state_dict
 from lmdqn.recipe import OutputSection, Recipe, dump_recipe
-from lmdqn.results.environment import environment, peak_memory_mib
-from lmdqn.results.evaluate import Evaluation
-from lmdqn.results.significance import Significance
 from lmdqn.whole_files import beside, swap_in, write_whole
+
+if TYPE_CHECKING:  # `check` needs paths alone, and these import torch, which takes seconds
+    from lmdqn.episodes import Episode, Example
+    from lmdqn.model.qnetwork import QNetwork
+    from lmdqn.results.evaluate import Evaluation
+    from lmdqn.results.significance import Significance
 
 
 class RunFolder:
@@ -90,11 +87,14 @@ class RunFolder:
         """Keep what is there, and note the recipe, whose budget may be another."""
         write_whole(self.recipe, dump_recipe(recipe))
 
-    def save_model(self, network: QNetwork, tokenizer: Any, folder: Path) -> None:
+    def save_model(self, network: "QNetwork", tokenizer: Any, folder: Path) -> None:
         """Save what ordinary transformers or peft loads, with the value head in a file of its own beside it.
 
         Where processes share the weights out, the network must be whole.
         """
+        from safetensors.torch import save_file
+
+        from lmdqn.model.sharding import state_dict
 
         def fill(fresh: Path) -> None:
             with network.active() as model:
@@ -110,8 +110,10 @@ class RunFolder:
         with writing(folder):
             swap_in(folder, fill)
 
-    def save_batch(self, episodes: Sequence[Episode]) -> None:
+    def save_batch(self, episodes: Sequence["Episode"]) -> None:
         """Write episodes as they entered a step, for inspection."""
+        from torch import Tensor
+
         kept = [
             {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(episode).items()}
             | {"example": vars(episode.example)}
@@ -121,12 +123,14 @@ class RunFolder:
 
     def save_results(
         self,
-        test: Mapping[str, Evaluation],
-        significance: Significance,
+        test: Mapping[str, "Evaluation"],
+        significance: "Significance",
         seconds: Mapping[str, float],
-        examples: Sequence[Example],
+        examples: Sequence["Example"],
     ) -> None:
         """Write `results.json`, and `predictions.jsonl` with one line for each test example."""
+        from lmdqn.results.environment import environment, peak_memory_mib
+
         results = {
             **_tables(test, significance),
             "seconds": _rounded(seconds),
@@ -162,8 +166,10 @@ class RunFolder:
         lines = [json.loads(line) for line in self.predictions.read_text(encoding="utf-8").split("\n") if line]
         return [line for line in lines if line["task"] == task] if task else lines
 
-    def read_evaluation(self, phase: str, task: str = "") -> Evaluation:
+    def read_evaluation(self, phase: str, task: str = "") -> "Evaluation":
         """What one phase of a run that has ended answered to the test split (of a task), and its scores."""
+        from lmdqn.results.evaluate import Evaluation
+
         lines = self.read_predictions(task)
         scores = [line["scores"][phase] for line in lines]
         names = [name for name in scores[0] if all(name in of_line for of_line in scores)]
@@ -175,11 +181,11 @@ class RunFolder:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _of_task(test: Mapping[str, Evaluation], task: str) -> dict[str, Evaluation]:
+def _of_task(test: Mapping[str, "Evaluation"], task: str) -> dict[str, "Evaluation"]:
     return {phase: evaluation.tasks[task] for phase, evaluation in test.items()}
 
 
-def _tables(test: Mapping[str, Evaluation], significance: Significance) -> dict[str, Any]:
+def _tables(test: Mapping[str, "Evaluation"], significance: "Significance") -> dict[str, Any]:
     return {
         "test": {name: _rounded(evaluation.metrics) for name, evaluation in test.items()},
         "interval": {
@@ -190,7 +196,7 @@ def _tables(test: Mapping[str, Evaluation], significance: Significance) -> dict[
     }
 
 
-def _lines(test: Mapping[str, Evaluation], examples: Sequence[Example]) -> list[dict[str, Any]]:
+def _lines(test: Mapping[str, "Evaluation"], examples: Sequence["Example"]) -> list[dict[str, Any]]:
     return [
         {
             **({"task": example.task} if example.task else {}),

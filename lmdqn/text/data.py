@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmdqn.errors import UserError
 from lmdqn.recipe import DataSection, nearest
 
@@ -46,16 +44,28 @@ def load_pairs(data: DataSection, split: str, seed: int) -> list[Pair]:
         UserError: a missing folder, file, split or column, a malformed line (file and line are named), an empty
             split, or a hub data set that cannot be reached.
     """
+    import torch  # here, as `count_pairs` is fast without
+
+    pairs = _all_pairs(data, split)
+    if split != "test":
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+        pairs = [pairs[i] for i in order.tolist()]
+    return pairs[: getattr(data.limits, split)]
+
+
+def count_pairs(data: DataSection, split: str) -> int:
+    """How many `load_pairs` gives; raises as that does."""
+    return len(_all_pairs(data, split)[: getattr(data.limits, split)])
+
+
+def _all_pairs(data: DataSection, split: str) -> list[Pair]:
     origin, rows = _read_rows(data, getattr(data.splits, split))
     pairs = [pair for where, row in rows for pair in _pairs_of(row, data, where)]
     if data.merge_references:
         pairs = _merge_equal_prompts(pairs, data.prompt or "{source}")
     if not pairs:
         raise UserError(f"{origin}: the {split} split is empty")
-    if split != "test":
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-        pairs = [pairs[i] for i in order.tolist()]
-    return pairs[: getattr(data.limits, split)]
+    return pairs
 
 
 def read_sources(file: Path, data: DataSection) -> list[Pair]:

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import fmean
+from typing import Any
 
-from rouge_score import rouge_scorer, tokenizers
 from sacrebleu.metrics import BLEU, CHRF
 
 from lmdqn.text import sentence_scores
@@ -135,11 +135,13 @@ def _rouge_lsum(response: str, references: Sequence[str]) -> float:
 
 
 @cache
-def _lsum_scorer() -> rouge_scorer.RougeScorer:
+def _lsum_scorer() -> Any:
+    from rouge_score import rouge_scorer  # here, as it brings all of NLTK
+
     return rouge_scorer.RougeScorer(["rougeLsum"], tokenizer=_Tokenizer())
 
 
-class _Tokenizer(tokenizers.Tokenizer):
+class _Tokenizer:
     """rouge-score's own tokens."""
 
     def tokenize(self, text: str) -> list[str]:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lmdqn.episodes import Episode
 from lmdqn.errors import NotFinite, UserError
 from lmdqn.recipe import QLearningSection, RewardSection, TaskSection
 from lmdqn.text import metrics
+
+if TYPE_CHECKING:
+    from lmdqn.episodes import Episode  # whose import of torch would take seconds
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -84,7 +86,7 @@ class Reward:
         columns = [[self.recipe.mix[name] * score for score in scores] for name, scores in terms.items()]
         return [sum(parts) for parts in zip(*columns, strict=True)]
 
-    def score(self, episodes: Sequence[Episode]) -> None:
+    def score(self, episodes: Sequence["Episode"]) -> None:
         """Write each episode's reward, and the terms it is mixed from, into it.
 
         Raises:
@@ -111,7 +113,7 @@ class TaskRewards:
     def __init__(self, tasks: Mapping[str, TaskSection]):
         self.of_task = {name: Reward(task.reward) for name, task in tasks.items()}
 
-    def score(self, episodes: Sequence[Episode]) -> None:
+    def score(self, episodes: Sequence["Episode"]) -> None:
         """Write each episode's reward, and the terms it is mixed from, into it; raises as `Reward.score`."""
         for name, reward in self.of_task.items():
             if of_task := [episode for episode in episodes if episode.example.task == name]:
@@ -181,7 +183,7 @@ def _guarded(name: str, function: RewardFunction, texts: _Texts, max_seconds: fl
         ) from error
 
 
-def centre(group: Sequence[Episode], overall: float, recipe: QLearningSection) -> None:
+def centre(group: Sequence["Episode"], overall: float, recipe: QLearningSection) -> None:
     """Write what each episode of a prompt is measured against: its baseline, and for the value head its peers.
 
     The baseline moves V by a constant of the prompt and leaves the advantages alone. Without knowing how the prompt's

@@ -1,46 +1,38 @@
 """Sentence BLEU and ROUGE at the speed of a corpus, equal bit for bit to what sacrebleu and rouge-score give.
 
 Both libraries count the n-grams of the references again for every response, and split every text by regular
-expressions. Here what the references say is gathered once and kept for the many responses that meet them, a word is
-split once, and one integer holds a number for each reference, so that one addition counts for all of them.
+expressions. Here a word is split once, and the references of a response are laid out once as one row of bits, a bit a
+token: an integer then holds all places where a token or an n-gram stands in any of them, and no n-gram is ever built.
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
+from itertools import chain, repeat
+from operator import and_, lshift
 from typing import Any, NamedTuple
 
 from sacrebleu.metrics import BLEU
 
 LONGEST_NGRAM = 4
-FIELD = 24  # bits that each reference has in an integer that holds a number for each
-ONE_FIELD = (1 << FIELD) - 1
-KEPT_REFERENCES = 4096  # sets of references; some 40 KB each where there are four of 20 words
+KEPT_REFERENCES = 4096  # sets of references; some 10 KB each where there are four of 20 words
 KEPT_WORDS = 2**17
 _ALPHANUMERIC = re.compile("[a-z0-9]+")
 
-Gram = Any  # a token, or a tuple of them
+Places = int  # a set of places in the row of references: those where an n-gram ends
 
 
-class _BleuReferences(NamedTuple):
-    """What sentence BLEU asks of the references of a response."""
+class _References(NamedTuple):
+    """The references of a response in one row of bits, one after the other with an empty bit between."""
 
-    lengths: list[int]
-    grams: list[set[Gram]]  # for n = 1 .. 4, the n-grams of any reference
-    repeated: dict[Gram, int]  # how often, for those that stand in a reference more than once
-
-
-class _RougeReferences(NamedTuple):
-    """What ROUGE-1, -2 and -L ask of the references of a response; reference k owns field k of each integer."""
-
-    lengths: list[int]
-    owners: list[dict[Gram, int]]  # for n = 1, 2: a 1 in the field of each reference that has the n-gram
-    repeated: list[dict[Gram, list[int]]]  # for n = 1, 2: the same for a second time, a third, ...
-    places: dict[str, int]  # the bits where a word stands, references one after the other, a bit between them
-    spans: list[tuple[int, int]]  # first bit and mask of each reference in `places`
-    everywhere: int  # all those masks
+    lengths: list[int]  # tokens
+    spans: list[tuple[int, int]]  # first bit of each, and a mask of its length
+    places: dict[str, Places]  # where each token stands
+    everywhere: Places
+    repeated: Places  # of tokens that stand more than once in a reference
+    most: dict[Places, int]  # how often an n-gram stands in the reference that has most of it, once it was asked
+    surplus: dict[tuple[Places, int], Places]  # where an n-gram stands in a reference for more than so many times
 
 
 def sentence_bleu(
@@ -51,13 +43,7 @@ def sentence_bleu(
     for response, texts in zip(responses, references, strict=True):
         known = _bleu_references(tuple(texts), lowercase)
         tokens = _bleu_tokens(response, lowercase)
-        correct = []
-        for grams, of_references in zip(_ngrams(tokens), known.grams, strict=True):
-            hits = [gram for gram in grams if gram in of_references]
-            if len(set(hits)) == len(hits):
-                correct.append(len(hits))
-            else:
-                correct.append(sum(min(c, known.repeated.get(gram, 1)) for gram, c in Counter(hits).items()))
+        correct = [_clipped(found, known) for found in _found(tokens, known, LONGEST_NGRAM)]
         scores.append(_bleu(correct, len(tokens), known.lengths, smoothing))
     return scores
 
@@ -68,20 +54,36 @@ def rouge(responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     for response, texts in zip(responses, references, strict=True):
         known = _rouge_references(tuple(texts))
         tokens = rouge_tokens(response)
-        for n, (kind, grams) in enumerate(zip(("rouge1", "rouge2"), _ngrams(tokens), strict=False)):
-            shared = _shared(grams, known.owners[n], known.repeated[n])
-            hits = [shared >> FIELD * k & ONE_FIELD for k in range(len(known.lengths))]
-            scores[kind].append(
-                max([_f_measure(h, len(tokens) - n, m - n) for h, m in zip(hits, known.lengths, strict=True)])
-            )
-        common = _common_subsequences(tokens, known)
-        scores["rougeL"].append(
-            max([_f_measure(c, len(tokens), m) for c, m in zip(common, known.lengths, strict=True)])
-        )
+        ones, twos = _found(tokens, known, 2)
+        for kind, less, hits in (
+            ("rouge1", 0, _shared(ones, known)),
+            ("rouge2", 1, _shared(twos, known)),
+            ("rougeL", 0, _common_subsequences(ones, known)),
+        ):
+            written = len(tokens) - less
+            of_each = [_f_measure(h, written, m - less) for h, m in zip(hits, known.lengths, strict=True)]
+            scores[kind].append(max(of_each))
     return scores
 
 
-# --- tokens and n-grams -----------------------------------------------------------------------------------------------
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class _Kept(dict[str, list[str]]):
+    """The tokens of words by a tokenizer, each word split once."""
+
+    def __init__(self, split: Callable[[str], list[str]]):
+        super().__init__()
+        self._split = split
+
+    def __missing__(self, word: str) -> list[str]:
+        if len(self) >= KEPT_WORDS:
+            self.clear()
+        tokens = self[word] = self._split(word)
+        return tokens
+
+    def tokens(self, text: str) -> list[str]:
+        return list(chain.from_iterable(map(self.__getitem__, text.split())))
 
 
 @cache
@@ -89,85 +91,119 @@ def _tokenizer_13a() -> Any:
     return BLEU().tokenizer
 
 
-@lru_cache(maxsize=KEPT_WORDS)
-def _split_13a(word: str) -> list[str]:
-    return _tokenizer_13a()(word).split()
-
-
-@lru_cache(maxsize=KEPT_WORDS)
-def _split_alphanumeric(word: str) -> list[str]:
-    return _ALPHANUMERIC.findall(word.lower())
+_words_13a = _Kept(lambda word: _tokenizer_13a()(word).split())
+_words_alphanumeric = _Kept(lambda word: _ALPHANUMERIC.findall(word.lower()))
 
 
 def _bleu_tokens(text: str, lowercase: bool) -> list[str]:
     """sacrebleu's 13a tokens. Its rules see no further than the next character, so each word is split by itself."""
     text = text.lower() if lowercase else text
-    text = text.rstrip().replace("<skipped>", "").replace("-\n", "")
-    return [token for word in text.split() for token in _split_13a(word)]
+    return _words_13a.tokens(text.rstrip().replace("<skipped>", "").replace("-\n", ""))
 
 
 def rouge_tokens(text: str) -> list[str]:
     """rouge-score's tokens without stemming: runs of ASCII letters and digits, in lower case."""
-    return [token for word in text.split() for token in _split_alphanumeric(word)]
-
-
-def _ngrams(tokens: list[str]) -> Iterable[Iterable[Gram]]:
-    """Tokens, pairs, threes and fours of them."""
-    second, third = tokens[1:], tokens[2:]
-    pairs = zip(tokens, second, strict=False)
-    threes = zip(tokens, second, third, strict=False)
-    return tokens, pairs, threes, zip(tokens, second, third, tokens[3:], strict=False)
+    return _words_alphanumeric.tokens(text)
 
 
 # --- what the references say ------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=KEPT_REFERENCES)
-def _bleu_references(texts: tuple[str, ...], lowercase: bool) -> _BleuReferences:
-    grams: list[set[Gram]] = [set() for _ in range(LONGEST_NGRAM)]
-    repeated: dict[Gram, int] = {}
-    lengths = []
-    for text in texts:
-        tokens = _bleu_tokens(text, lowercase)
-        lengths.append(len(tokens))
-        for n, of_order in enumerate(map(list, _ngrams(tokens))):
-            grams[n].update(of_order)
-            for gram, count in _repeated(of_order):
-                repeated[gram] = max(count, repeated.get(gram, 1))
-    return _BleuReferences(lengths, grams, repeated)
+def _bleu_references(texts: tuple[str, ...], lowercase: bool) -> _References:
+    return _laid_out([_bleu_tokens(text, lowercase) for text in texts])
 
 
 @lru_cache(maxsize=KEPT_REFERENCES)
-def _rouge_references(texts: tuple[str, ...]) -> _RougeReferences:
-    known = _RougeReferences([], [{}, {}], [{}, {}], {}, [], 0)
-    bit, everywhere = 0, 0
-    for k, tokens in enumerate(map(rouge_tokens, texts)):
-        mine = 1 << FIELD * k
-        for owners, repeated, of_order in zip(known.owners, known.repeated, map(list, _ngrams(tokens)), strict=False):
-            for gram in set(of_order):
-                owners[gram] = owners.get(gram, 0) + mine
-            for gram, count in _repeated(of_order):
-                times = repeated.setdefault(gram, [])
-                times += [0] * (count - 1 - len(times))
-                for j in range(count - 1):
-                    times[j] += mine
-        for place, token in enumerate(tokens, start=bit):
-            known.places[token] = known.places.get(token, 0) | 1 << place
-        known.lengths.append(len(tokens))
-        known.spans.append((bit, (1 << len(tokens)) - 1))
-        everywhere |= known.spans[-1][1] << bit
-        bit += len(tokens) + 1
-    return known._replace(everywhere=everywhere)
+def _rouge_references(texts: tuple[str, ...]) -> _References:
+    return _laid_out([rouge_tokens(text) for text in texts])
 
 
-def _repeated(grams: list[Gram]) -> list[tuple[Gram, int]]:
-    """Those that stand there more than once, and how often."""
-    if len(set(grams)) == len(grams):
-        return []
-    return [(gram, count) for gram, count in Counter(grams).items() if count > 1]
+def _laid_out(references: Sequence[list[str]]) -> _References:
+    places: dict[str, Places] = {}
+    spans, first, everywhere, repeated = [], 0, 0, 0
+    for tokens in references:
+        mask = (1 << len(tokens)) - 1
+        spans.append((first, mask))
+        everywhere |= mask << first
+        for place, token in enumerate(tokens, start=first):
+            before = places.get(token, 0)
+            places[token] = before | 1 << place
+            if before >> first:
+                repeated |= places[token]
+        first += len(tokens) + 1
+    return _References([len(tokens) for tokens in references], spans, places, everywhere, repeated, {}, {})
 
 
 # --- a response against them ------------------------------------------------------------------------------------------
+
+
+def _found(tokens: Sequence[str], known: _References, longest: int) -> list[list[Places]]:
+    """For n = 1 .. longest: where each n-gram of the response, in order, ends in the references; 0 is nowhere.
+
+    It is at once a name for the n-gram: only equal ones end at the same places.
+    """
+    ones = list(map(known.places.get, tokens, repeat(0)))
+    found = [ones]
+    for n in range(1, longest):
+        found.append(list(map(and_, map(lshift, found[-1], repeat(1)), ones[n:])))
+    return found
+
+
+def _clipped(found: list[Places], known: _References) -> int:
+    """How many of a response's n-grams are found, each as often at most as in the reference that has most of it."""
+    hits = len(found) - found.count(0)
+    different = set(found)
+    different.discard(0)
+    if hits == len(different):
+        return hits
+    most = known.most
+    for gram in different:
+        if (count := found.count(gram)) > 1:
+            if gram not in most:
+                most[gram] = max(_in_each(gram, known))
+            hits -= max(0, count - most[gram])
+    return hits
+
+
+def _shared(found: list[Places], known: _References) -> list[int]:
+    """How many n-grams each reference shares with the response, each as often at most as either has it."""
+    different = set(found)
+    shared = sum(different)
+    for gram in different:
+        if gram & known.repeated:
+            surplus = gram, found.count(gram)
+            if surplus not in known.surplus:
+                known.surplus[surplus] = _surplus(*surplus, known)
+            shared -= known.surplus[surplus]
+    return _in_each(shared, known)
+
+
+def _surplus(places: Places, count: int, known: _References) -> Places:
+    """The places that stand after the first `count` of their reference."""
+    surplus = 0
+    for first, mask in known.spans:
+        here = places >> first & mask
+        for _ in range(count):
+            here &= here - 1 if here else 0  # drops the first
+        surplus |= here << first
+    return surplus
+
+
+def _common_subsequences(ones: Iterable[Places], known: _References) -> list[int]:
+    """Length of the longest common subsequence with each reference, all by the same additions (Hyyrö 2004)."""
+    everywhere = known.everywhere
+    row = everywhere  # a 0 where the subsequence grew; the bit between references takes the carry of an addition
+    for places in ones:
+        if places:
+            here = row & places
+            row = (row + here | row - here) & everywhere
+    return _in_each(everywhere ^ row, known)
+
+
+def _in_each(places: Places, known: _References) -> list[int]:
+    """How many of the places lie in each reference."""
+    return [(places >> first & mask).bit_count() for first, mask in known.spans]
 
 
 def _bleu(correct: list[int], length: int, lengths: list[int], smoothing: str) -> float:
@@ -191,28 +227,6 @@ def _bleu(correct: list[int], length: int, lengths: list[int], smoothing: str) -
             precision = 100.0 * 0.1 / possible
         logs.append(math.log(precision) if precision > 0 else -9999999999)
     return brevity * math.exp(sum(logs) / len(logs))
-
-
-def _shared(grams: Iterable[Gram], owners: dict[Gram, int], repeated: dict[Gram, list[int]]) -> int:
-    """In each reference's field, how many of the grams it has, each at most as often as it has it."""
-    grams = list(grams)
-    different = set(grams)
-    shared = sum([owners[gram] for gram in different if gram in owners])
-    if len(different) < len(grams):
-        for gram, times in repeated.items():
-            shared += sum(times[: max(0, grams.count(gram) - 1)])
-    return shared
-
-
-def _common_subsequences(tokens: list[str], known: _RougeReferences) -> list[int]:
-    """Length of the longest common subsequence with each reference, all by the same additions (Hyyrö 2004)."""
-    places, everywhere = known.places, known.everywhere
-    row = everywhere  # a 0 where the subsequence grew; the bit between references takes the carry of an addition
-    for token in tokens:
-        if token in places:
-            here = row & places[token]
-            row = (row + here | row - here) & everywhere
-    return [(~(row >> first) & mask).bit_count() for first, mask in known.spans]
 
 
 @lru_cache(maxsize=2**16)

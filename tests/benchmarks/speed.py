@@ -358,6 +358,38 @@ def scoring(data: Path, repeats: int) -> Iterator[Line]:
         yield compare(f"BLEU + ROUGE-1/2/L, one by one by the libraries; {name}", fast, slow, "responses/s", ">= 20")
 
 
+def replay(data: Path, repeats: int) -> Iterator[Line]:
+    """1,000,000 episodes of 64 tokens in groups of 4: adding, memory, and drawing against an update of 1.4M."""
+    import speed_replay as of_replay
+    import torch
+
+    texts = [text for row in pairs(data, 2000, 1) for text in (row["source"], *row["references"])]
+    loaded = loaded_model(texts, 160, 3, 1500)
+    examples = of_replay.examples_of(pairs(data, 1250, 4), loaded.tokenizer)
+    groups, generator = of_replay.rollout(0, examples, loaded.tokenizer), torch.Generator().manual_seed(0)
+    sizes = {"uniform": [62_500, 1_000_000], "prioritised": [6_250, 100_000], "reward": [6_250, 100_000]}
+    for sampling, (small, large) in sizes.items():
+        before, draws = of_replay.resident_bytes(), []
+        for held, added_s in of_replay.fill(sampling, [small, large], examples, loaded.tokenizer):  # noqa: B007
+            draws.append([of_replay.draw_seconds(held, generator)[0] for _ in range(repeats + 1)][1:])
+        what = f"replay of {large:,} episodes, {sampling}"
+        ratios = [d / b for d, b in zip(draws[1], draws[0], strict=True)]
+        shown, shown_before = (f"{1000 * statistics.median(times):.1f} ms" for times in (draws[1], draws[0]))
+        yield Line(f"{what}: a draw, against one from {small:,}", shown, shown_before, ratios, "<= 1.4 (logarithmic)")
+        if sampling == "uniform":
+            taken = (of_replay.resident_bytes() - before) / held.tokens
+            yield Line(f"{what}: bytes a token", f"{taken:.1f}", "24", [taken / 24], "<= 1")
+            yield Line(f"{what}: adding", f"{len(held) / added_s:,.0f} episodes/s", "", [], "")
+        batches, updates = alternate(
+            lambda r=held: sum(of_replay.draw_seconds(r, generator)),  # type: ignore[misc]
+            lambda: of_replay.update_seconds(loaded, groups),
+            repeats,
+        )
+        ratios = [b / u for b, u in zip(batches, updates, strict=True)]
+        shown, shown_update = (f"{1000 * statistics.median(times):.1f} ms" for times in (batches, updates))
+        yield Line(f"{what}: a batch drawn and measured, against an update", shown, shown_update, ratios, "<= 0.02")
+
+
 def growth(data: Path, repeats: int) -> Iterator[Line]:
     """Time of an update as the batch, the length and the vocabulary double; 2 is linear."""
     import torch
@@ -410,6 +442,7 @@ ROWS = {
     "adapters": adapters,
     "rollout": rollout,
     "scoring": scoring,
+    "replay": replay,
     "growth": growth,
     "start": start,
 }
@@ -428,9 +461,9 @@ def main() -> None:
     print("| what | lmdqn | the other | ratio (range) | bar |\n|---|---|---|---|---|")
     for name in options.rows or ROWS:
         for line in ROWS[name](options.data, options.repeats):
-            spread = f"{statistics.median(line.ratios):.2f}"
+            spread = f"{statistics.median(line.ratios):.3g}" if line.ratios else ""
             if len(line.ratios) > 1:
-                spread += f" ({min(line.ratios):.2f} to {max(line.ratios):.2f})"
+                spread += f" ({min(line.ratios):.3g} to {max(line.ratios):.3g})"
             print(f"| {line.what} | {line.ours} | {line.theirs} | {spread} | {line.bar} |", flush=True)
 
 

@@ -1,0 +1,89 @@
+"""What a full replay costs, for a row of `speed.py`: filled as training fills it, drawn from as an update does."""
+
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdqn.episodes import Episode, Example, make_batch, micro_batches
+from lmdqn.learn.match_features import measure_matches
+from lmdqn.learn.objective import q_loss
+from lmdqn.learn.replay import Group, Replay
+from lmdqn.model.exploration import Exploration
+from lmdqn.model.qnetwork import Networks
+from lmdqn.recipe import QLearningSection, ReplaySection
+
+SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of a response
+
+
+def examples_of(rows: list[dict[str, Any]], tokenizer: Any) -> list[Example]:
+    """Four references each."""
+    found = []
+    for row in rows:
+        references = tuple(row["references"][:4])
+        ids = tuple((*tokenizer(text).input_ids, tokenizer.eos_token_id) for text in references)
+        found.append(Example(row["source"], references, tuple(tokenizer(row["source"]).input_ids), ids, row["source"]))
+    return found
+
+
+def rollout(number: int, examples: list[Example], tokenizer: Any) -> list[Group]:
+    """Scored groups as a collector gives them, responses made of their prompt's references."""
+    groups = []
+    for group in range(number, number + PROMPTS):
+        example = examples[group % len(examples)]
+        ids = [token for reference in example.reference_ids for token in reference]
+        ids = (ids * (1 + (TOKENS + SAMPLES) // len(ids)))[: TOKENS + SAMPLES]
+        text = tokenizer.decode(ids[:TOKENS])
+        members = [Episode(example, ids[k : k + TOKENS], True, group, text=text) for k in range(SAMPLES)]
+        for k, episode in enumerate(members):
+            episode.behaviour_log_probs = -torch.rand(TOKENS)
+            episode.reference_log_probs = -torch.rand(TOKENS)
+            episode.reward, episode.baseline, episode.peers = k / 7, 0.3, k / 5
+            episode.terms = {"bleu": k / 9, "rougeL": k / 11}
+        groups.append(members)
+    return groups
+
+
+def fill(sampling: str, sizes: list[int], examples: list[Example], tokenizer: Any) -> Iterator[tuple[Replay, float]]:
+    """One replay at growing numbers of episodes, each time with the seconds that adding took in all."""
+    section = {"sampling": sampling, "fresh_share": 0.0, "capacity_episodes": sizes[-1]}
+    replay, spent, number = Replay(ReplaySection.model_validate(section)), 0.0, 0
+    for size in sizes:
+        while len(replay) < size:
+            groups = rollout(number, examples, tokenizer)
+            number += PROMPTS
+            began = time.perf_counter()
+            replay.add(groups)
+            spent += time.perf_counter() - began
+        yield replay, spent
+
+
+def draw_seconds(replay: Replay, generator: torch.Generator, repeats: int = 20) -> tuple[float, float]:
+    """A batch of an update: drawing it, and measuring again how it matches its references."""
+    drawing = measuring = 0.0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        draws = replay.draw(PROMPTS, generator, 0.5)
+        drawn = time.perf_counter()
+        measure_matches([episode for draw in draws for episode in draw.group or ()])
+        measuring += time.perf_counter() - drawn
+        drawing += drawn - began
+    return drawing / repeats, measuring / repeats
+
+
+def update_seconds(loaded: Any, groups: list[Group]) -> float:
+    """One forward and backward pass of the default loss on a batch of such groups, the optimiser left out."""
+    networks = Networks.build(loaded, 0.01, 0, 256)
+    episodes = [episode for group in groups for episode in group]
+    measure_matches(episodes)
+    began = time.perf_counter()
+    for part in micro_batches(episodes, loaded.layout, 2048):
+        q_loss(make_batch(part, loaded.layout), networks, QLearningSection(), Exploration()).loss.backward()
+    return time.perf_counter() - began
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
