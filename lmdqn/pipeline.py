@@ -192,8 +192,8 @@ class _Run:
         self._save(self.parts.networks.target, folder)
 
     def _save(self, network: QNetwork, folder: Path) -> None:
-        with network.whole():
-            self.on_main(lambda: self.parts.folder.save_model(network, self.parts.tokenizer, folder))
+        with network.whole() as whole:
+            self.on_main(lambda: self.parts.folder.save_model(whole, self.parts.tokenizer, folder))
 
     def save_reference(self) -> None:
         """Keep the policy that Q-learning begins from, unless it has a name.
@@ -282,7 +282,7 @@ class _Run:
         }
 
     def _evaluate(self, network: QNetwork, split: str) -> Evaluation:
-        with network.whole(), network.active() as model, self.parts.accelerator.autocast():
+        with network.whole() as whole, whole.active() as model, self.parts.accelerator.autocast():
             return self._scored(model, split)
 
     def _scored(self, model: Any, split: str) -> Evaluation:

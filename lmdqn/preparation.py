@@ -64,15 +64,17 @@ def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
     if processes.count > 1:
         tracker.say(f"learning in {processes.count} processes")
     prepared: list[Parts] = []
-    sharded = sharding is not None and processes.count > 1
-    device = torch.device("cpu") if sharded else processes.accelerator.device
-    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes, device)))
+    device = processes.accelerator.device
+    at_first = device if sharding is None else torch.device("cpu")
+    processes.together(lambda: prepared.append(_prepare_alone(recipe, tracker, resume, processes, at_first)))
     parts = prepared[0]
-    if sharded:
+    if sharding is not None:
         layout = parts.rollout.layout
         trial = make_batch([shortest_episode(parts.examples["train"], layout)], layout)
-        parts.networks.shard(processes.accelerator.device, sharding.reshard_after_forward, trial)
-        tracker.say("weights, gradients and optimiser are shared out over the processes (FSDP2)")
+        parts.networks.shard(device, sharding, trial)
+        tracker.say(f"weights, gradients and optimiser are shared out over the processes ({sharding})")
+        if sharding.zero_stage == 3 and recipe.optimisation.vocabulary_chunk_mib is not None:
+            tracker.say("logits come at once: optimisation.vocabulary_chunk_mib does not go with ZeRO-3")
     return parts
 
 

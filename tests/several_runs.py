@@ -17,6 +17,7 @@ from rich.console import Console
 import lmdqn
 from lmdqn.cli.common import quiet_libraries
 from lmdqn.errors import Stopped
+from lmdqn.learn.processes import part
 from lmdqn.recipe import load_recipe
 from lmdqn.results.tracking import Tracker
 
@@ -52,3 +53,4 @@ def train(words: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     train(sys.argv[1:])
+    part()

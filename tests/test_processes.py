@@ -1,5 +1,6 @@
 """Several processes on the CPU, started as a person would: they do what one does, none hangs, one may die."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import lmdqn
 from lmdqn import preparation
 from lmdqn.episodes import Episode
 from lmdqn.errors import UserError
+from lmdqn.learn import launch as launch_module
 from lmdqn.learn.checkpoint import read_state
 from lmdqn.learn.launch import sharding_of_launch
 from lmdqn.learn.processes import Processes, deal
@@ -58,7 +60,16 @@ KINDS: dict[str, Changes] = {
         "qlearning": {"target_polyak": None, "target_copy_every": 3, "reference_reset_every": 2, "backup": "double"},
         "output": {"checkpoint_every_steps": 1, "keep_checkpoints": 9},
     },
+    # now and then a gradient is not finite, in one process or both
+    "skips": {"reward": {"mix": {"REWARD:score": 1}}, "qlearning": {"max_steps": 6}, "replay": {"fresh_share": 1.0}},
 }
+REWARD = """
+def score(responses, references, sources):
+    return [1e300 * len(r) if "three" in s else len(set(r)) / 9 for r, s in zip(responses, sources)]
+"""
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'lmdqn[deepspeed]'"
+)
 
 
 def write_run(folder: Path, changes: Changes | None = None) -> Path:
@@ -117,11 +128,15 @@ class Runs:
             for k, r in enumerate((f"it is {w}", "we", f"{w} {w}"))
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / "reward.py").write_text(REWARD, encoding="utf-8")
 
     def write(self, where: str, kind: str) -> Path:
         """A recipe of this kind."""
-        base, log = self.folder / "alone" / "causal" / "run" / "model", self.folder / "log.jsonl"
-        changes = json.loads(json.dumps(KINDS[kind]).replace("BASE", str(base)).replace("LOG", str(log)))
+        files = {"BASE": "alone/causal/run/model", "LOG": "log.jsonl", "REWARD": "reward.py"}
+        text = json.dumps(KINDS[kind])
+        for word, file in files.items():
+            text = text.replace(word, str(self.folder / file))
+        changes = json.loads(text)
         return write_run(self.folder / where / kind, changes)
 
     def alone(self, kind: str) -> Path:
@@ -200,6 +215,7 @@ def test_kinds_of_runs_in_two_processes(runs: Runs) -> None:
     for kind, recipe in recipes.items():
         assert_close(runs.alone(kind), recipe.parent / "run")
     assert_the_target_moves_by_copies(recipes["in pieces"].parent / "run")
+    assert_some_steps_are_skipped(recipes["skips"].parent / "run")
     run = recipes["causal"].parent / "run"
     assert len(replay(run)) == 4 * 5 * (2 + 1)
     assert any(one != other for one, other in longest(run, prompts=5, processes=2))
@@ -211,23 +227,37 @@ def test_four_processes_do_what_one_does(runs: Runs) -> None:
     assert_close(runs.alone("causal"), recipe.parent / "run")
 
 
-def test_fsdp2_does_what_one_process_does(runs: Runs) -> None:
-    """Weights in shards: full and seq2seq models, a log, small pieces (of which one process has more), a stop."""
+@pytest.mark.parametrize(
+    ("config", "by"),
+    [
+        ("fsdp2", "FSDP2"),
+        pytest.param("zero2", "DeepSpeed ZeRO-2", marks=needs_deepspeed),
+        pytest.param("zero3", "DeepSpeed ZeRO-3", marks=needs_deepspeed),
+    ],
+)
+def test_shards_do_what_one_process_does(config: str, by: str, runs: Runs) -> None:
+    """Full and seq2seq models, a log, small pieces (of which one process has more), skipped steps, a stop."""
     kinds = [kind for kind in KINDS if kind != "lora"]
-    recipes = {kind: runs.write("sharded", kind) for kind in kinds}
+    recipes = {kind: runs.write(config, kind) for kind in kinds}
     words = [f"{recipe}@2" if kind == "causal" else str(recipe) for kind, recipe in recipes.items()]
-    told, complaints = finish(launch(2, "tests.several_runs", *words, config="fsdp2"))
+    told, complaints = finish(launch(2, "tests.several_runs", *words, config=config))
     assert "was stopped" in told
-    assert complaints.count("shared out over the processes (FSDP2)") == len(kinds) + 1  # one went on
+    assert " ".join(complaints.split()).count(f"shared out over the processes ({by})") == len(kinds) + 1  # one went on
     for kind, recipe in recipes.items():
         assert_close(runs.alone(kind), recipe.parent / "run")
     assert_the_target_moves_by_copies(recipes["in pieces"].parent / "run")
+    assert_some_steps_are_skipped(recipes["skips"].parent / "run")
     logits = []
     for folder in (runs.alone("causal"), recipes["causal"].parent / "run"):
         model = AutoModelForCausalLM.from_pretrained(folder / "model")
         given = AutoTokenizer.from_pretrained(folder / "model")("say one", return_tensors="pt").input_ids
         logits.append(model(input_ids=given).logits)
     torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
+
+
+def assert_some_steps_are_skipped(run: Path) -> None:
+    steps = [line for line in metrics(run) if line["phase"] == "dqn" and line["step"]]
+    assert 0 < steps[-1]["skipped_updates"] < len(steps)
 
 
 def assert_the_target_moves_by_copies(run: Path) -> None:
@@ -304,8 +334,12 @@ def test_a_share_for_each_process(tmp_path: Path) -> None:
 
 # --- what a launcher may ask for ------------------------------------------------------------------------------------
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 REFUSED = {
-    "DeepSpeed is not supported: recipes/accelerate/fsdp2.yaml": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "zero_stage to 2 or 3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "offload_param_device is not supported": ZERO3 | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+    "gradient_clipping is not supported": ZERO3 | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"},
     "Megatron-LM is not supported": {"ACCELERATE_USE_MEGATRON_LM": "true"},
     "leave gradient_accumulation_steps at 1": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
     "set fsdp_version: 2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
@@ -322,27 +356,42 @@ def test_what_the_launcher_asks_for_and_is_not_there_is_refused(
     """Before anything is loaded, and not silently left out."""
     recipe = load_recipe(write_run(tmp_path / "refused"))
     assert sharding_of_launch(recipe) is None
-    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if "fsdp_" in sentence or "para" in sentence else {}
+    asked = FSDP2 if "fsdp_" in sentence or "para" in sentence else {}
     for variable, value in (asked | REFUSED[sentence]).items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=sentence):
         lmdqn.train(recipe)
 
 
+LORA: Changes = {"model": {"name": "any", "from_scratch": None, "lora": {}}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("launcher", "changes", "sentence"),
     [
-        ({"model": {"name": "any", "from_scratch": None, "lora": {}}}, r"FSDP2 with model\.lora"),
-        ({"optimisation": {"mixed_precision": "fp16"}}, r"FSDP2 with optimisation\.mixed_precision=fp16"),
+        (FSDP2, LORA, r"FSDP2 with model\.lora"),
+        (FSDP2, {"optimisation": {"mixed_precision": "fp16"}}, r"FSDP2 with optimisation\.mixed_precision=fp16"),
+        (ZERO3, LORA, r"DeepSpeed ZeRO-3 with model\.lora"),
+        (ZERO3, {"optimisation": {"mixed_precision": "bf16"}}, r"ZeRO-3 with optimisation\.mixed_precision=bf16"),
     ],
 )
-def test_recipes_that_fsdp2_cannot_run_are_refused(
-    changes: Changes, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_recipes_that_shards_cannot_run_are_refused(
+    launcher: dict[str, str], changes: Changes, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(write_run(tmp_path / "refused", changes))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(launch_module, "find_spec", lambda name: True)
+    for variable, value in launcher.items():
+        monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=sentence):
+        lmdqn.train(recipe)
+
+
+def test_deepspeed_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(write_run(tmp_path / "refused"))
+    monkeypatch.setattr(launch_module, "find_spec", lambda name: None)
+    for variable, value in ZERO3.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=r"pip install 'lmdqn\[deepspeed\]'"):
         lmdqn.train(recipe)
 
 
@@ -354,4 +403,7 @@ def test_shipped_accelerate_configs_are_what_they_say() -> None:
         assert f"accelerate launch --config_file recipes/accelerate/{file.name}" in text
         assert config.num_machines == (2 if file.stem.startswith("two_nodes") else 1)
         assert (config.distributed_type == "FSDP") == ("fsdp2" in file.stem)
+        assert (config.distributed_type == "DEEPSPEED") == ("zero" in file.stem)
+        stage = config.deepspeed_config.get("zero_stage")
+        assert stage == (int(file.stem[-1]) if "zero" in file.stem else None)
         assert config.fsdp_config.get("fsdp_version") == (2 if "fsdp2" in file.stem else None)

@@ -36,6 +36,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     ],
     [
         "lmdqn.model.sharding",
+        "lmdqn.model.zero",
         "lmdqn.model.sharing",
         "lmdqn.model.loading",
         "lmdqn.model.head",

@@ -71,8 +71,9 @@ class Collector:
         mine = self.processes.share(prompts)
         networks = self.networks
         written: list[Episode] = []
-        with networks.online.whole(), networks.reference.whole() if exploration.needs_reference else nullcontext():
-            self.processes.together(lambda: written.extend(self._write(mine, exploration)))
+        known = networks.reference.whole() if exploration.needs_reference else nullcontext(networks.reference)
+        with networks.online.whole() as online, known as reference:
+            self.processes.together(lambda: written.extend(self._write(mine, exploration, online, reference)))
         self.measure(written)
         self.processes.together(lambda: self.reward.score(written))
         shares = self.exchange(written)
@@ -87,18 +88,20 @@ class Collector:
             episodes = [episode for share in shares for episode in share.episodes()]
         return {group[0].group: group for group in by_group(episodes)}
 
-    def _write(self, prompts: Sequence["Prompt"], exploration: Exploration) -> list[Episode]:
+    def _write(
+        self, prompts: Sequence["Prompt"], exploration: Exploration, online: QNetwork, reference: QNetwork
+    ) -> list[Episode]:
         """Samples and demonstrations of some prompts."""
         recipe = self.recipe
         with self.accelerator.autocast():
             episodes = self.rollout.sample(
-                self.networks.online,
+                online,
                 [prompt.example for prompt in prompts],
                 recipe.rollout.samples,
                 exploration,
                 recipe.seed,
                 [prompt.group for prompt in prompts],
-                self.networks.reference,
+                reference,
             )
         for prompt in prompts:
             for k in prompt.references:
@@ -125,8 +128,8 @@ class Collector:
         """A frozen network's log-probabilities; its weights are gathered only if a process has something to read."""
         if frozen.shards is not None and not any(self.processes.together(lambda: len(unread))):
             return
-        with frozen.whole(), self.accelerator.autocast():
-            measure_log_probs(frozen, unread, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens, name)
+        with frozen.whole() as whole, self.accelerator.autocast():
+            measure_log_probs(whole, unread, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens, name)
 
     def state(self) -> dict[str, Any]:
         """Where in the walk over the prompts it stands, for a checkpoint."""

@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from lmdqn.errors import NotFinite
 from lmdqn.learn.processes import Processes
+from lmdqn.model.qnetwork import QNetwork
 from lmdqn.model.sharding import part_of
+from lmdqn.model.zero import Zero
 
 Part = TypeVar("Part")
 ParameterGroup = tuple[list[nn.Parameter], float]  # parameters and their peak learning rate
@@ -50,16 +52,24 @@ class Optimiser:
         betas: tuple[float, float],
         weight_decay: float,
         clip_norm: float,
+        network: QNetwork | None = None,
     ):
+        """Of a network that DeepSpeed shares out, the step is DeepSpeed's."""
         self.accelerator = accelerator
         self.processes = Processes(accelerator)
         self.clip_norm = clip_norm
         self._rates = [rate for _, rate in groups]
         self._parameters = [p for parameters, _ in groups for p in parameters]
-        adamw = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate in groups], betas=betas, weight_decay=weight_decay
-        )
-        self._adamw = accelerator.prepare_optimizer(adamw)
+        self._groups = [{"params": parameters, "lr": rate} for parameters, rate in groups]
+        self._settings: dict[str, Any] = {"betas": betas, "weight_decay": weight_decay}
+        self._zero = network.shards if network is not None and isinstance(network.shards, Zero) else None
+        self._begin()
+
+    def _begin(self) -> None:
+        adamw = torch.optim.AdamW([dict(group) for group in self._groups], **self._settings)
+        self._adamw = adamw if self._zero is not None else self.accelerator.prepare_optimizer(adamw)
+        if self._zero is not None:
+            self._zero.train(adamw, self.clip_norm)
 
     def update(
         self, parts: Sequence[Part], loss_of: Callable[[Part], Tensor], rate_factor: float, idle: Part | None = None
@@ -72,24 +82,35 @@ class Optimiser:
         Raises:
             NotFinite: the gradient is not; no weight has moved.
         """
-        sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        self._add_gradients(parts, loss_of, idle)
+        for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
+            group["lr"] = rate * rate_factor
+        norm = self._step() if self._zero is None else self._zero.step()
+        if not norm.isfinite():
+            raise NotFinite("the gradient of the loss is not finite")
+        return float(norm)
+
+    def _add_gradients(self, parts: Sequence[Part], loss_of: Callable[[Part], Tensor], idle: Part | None) -> None:
+        sharded = self._zero is not None or any(isinstance(parameter, DTensor) for parameter in self._parameters)
         passes = max(self.processes.together(lambda: len(parts))) if sharded else len(parts)
         for number in range(passes):
             with self.accelerator.autocast():
                 loss = loss_of(parts[number]) if number < len(parts) else self._nothing(loss_of, idle)
-            self.accelerator.backward(loss * self.processes.count if sharded else loss)  # FSDP2 takes the mean
+            loss = loss * self.processes.count if sharded else loss  # FSDP2 and DeepSpeed take the mean
+            if self._zero is not None:
+                self._zero.backward(loss, number + 1 == passes)
+            else:
+                self.accelerator.backward(loss)
         if not sharded:
             self.processes.sum_gradients(self._parameters)
+
+    def _step(self) -> Tensor:
         norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for group, rate in zip(self._adamw.param_groups, self._rates, strict=True):
-            group["lr"] = rate * rate_factor
         if norm.isfinite() or self.accelerator.scaler is not None:  # fp16's scaler skips by itself and scales down
             self._adamw.step()
         self._adamw.zero_grad()
-        if not norm.isfinite():
-            raise NotFinite("the gradient of the loss is not finite")
-        return float(norm)
+        return norm
 
     @staticmethod
     def _nothing(loss_of: Callable[[Part], Tensor], idle: Part | None) -> Tensor:
@@ -98,11 +119,18 @@ class Optimiser:
 
     def state(self) -> dict[str, Any]:
         """Adam's moments of each parameter, and the loss scale of fp16."""
+        if self._zero is not None:
+            return {"moments": self._zero.moments(self._parameters), "scaler": None}
         moments = {str(i): moment for i, moment in self._adamw.state_dict()["state"].items()}
         scaler = self.accelerator.scaler
         return {"moments": moments, "scaler": scaler.state_dict() if scaler is not None else None}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` gave, when the network has gone on from its own."""
+        if self._zero is not None:
+            self._begin()
+            self._zero.take_moments(state["moments"], self._parameters)
+            return
         moments = {int(i): self._own(moment, self._parameters[int(i)]) for i, moment in state["moments"].items()}
         self._adamw.load_state_dict({**self._adamw.state_dict(), "state": moments})
         if self.accelerator.scaler is not None and state["scaler"]:

@@ -110,6 +110,7 @@ class Trainer:
             optimisation.adam_betas,
             optimisation.weight_decay,
             optimisation.clip_norm,
+            online,
         )
         self.replay = Replay(self.recipe.replay, self.log, self.processes.holds)
         self.generators = Generators.seeded(self.recipe.seed)

@@ -54,6 +54,7 @@ class WarmStart:
             optimisation.adam_betas,
             optimisation.weight_decay,
             optimisation.clip_norm,
+            self.network,
         )
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self._walk = ExampleWalk(

@@ -16,9 +16,10 @@ from lmdqn.episodes import VALUE_FEATURES, Batch
 from lmdqn.errors import UserError
 from lmdqn.model.head import LMHead, head_reads
 from lmdqn.model.loading import LoadedModel, hidden_size
-from lmdqn.model.sharding import Shards, part_of
+from lmdqn.model.sharding import Sharding, Shards, own_part, part_of
 from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
+from lmdqn.model.zero import Zero
 
 ONLINE_ADAPTER, REFERENCE_ADAPTER, FIRST_ADAPTER = "online", "reference", "first"
 FAR = 10.0  # standard deviations from the mean, past which the value head does not tell features apart
@@ -115,7 +116,8 @@ class QNetwork(nn.Module):
         self.adapter = adapter
         self.chunk_mib = chunk_mib
         self._head: LMHead | None = None
-        self.shards: Shards | None = None  # where several processes share the weights out
+        self.shards: Shards | Zero | None = None  # where several processes share the weights out
+        self._vocabulary = model.get_output_embeddings().weight.shape[0]
 
     def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
         """Logits and values at the states of the batch.
@@ -156,8 +158,7 @@ class QNetwork(nn.Module):
     def _states_at_once(self) -> int | None:
         if self.chunk_mib is None:
             return None
-        state_bytes = 4 * self.model.get_output_embeddings().weight.shape[0]
-        return max(1, int(self.chunk_mib * 2**20) // state_bytes)
+        return max(1, int(self.chunk_mib * 2**20) // (4 * self._vocabulary))
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -172,23 +173,28 @@ class QNetwork(nn.Module):
         if before != self.adapter:
             self.model.set_adapter(before)
 
-    def shard(self, device: torch.device, reshard_after_forward: bool, trial: Batch) -> None:
+    def shard(self, device: torch.device, sharding: Sharding, trial: Batch) -> None:
         """Share the weights out over all processes; all must call it, and pass `trial` through what came out.
 
         Raises:
             UserError: logits are to come in chunks, and this model's cannot.
         """
+        if sharding.zero_stage == 3:
+            self.chunk_mib = None  # each chunk would gather the LM head, and processes have differently many
         if self.chunk_mib is not None:
             self._head = LMHead(self.model)
+        if sharding.zero_stage is not None:
+            self.shards = Zero(self.to(device), sharding.zero_stage)
+            return
         layers = {*self.model._no_split_modules, ValueHead.__name__}
-        self.shards = Shards(self, layers, device, reshard_after_forward)
+        self.shards = Shards(self, layers, device, sharding.reshard_after_forward)
         with torch.no_grad():  # the first pass must be through the whole, and tells each part what it is of
             self(trial.to(device))
         self.shards.rest()
 
-    def whole(self) -> AbstractContextManager[None]:
-        """While inside, this process can pass through the network alone. If weights are shared out, all must enter."""
-        return nullcontext() if self.shards is None else self.shards.whole()
+    def whole(self) -> "AbstractContextManager[QNetwork]":
+        """Inside, a network that this process can pass through alone. If weights are shared out, all must enter."""
+        return nullcontext(self) if self.shards is None else self.shards.whole()
 
     def weights(self) -> dict[str, Tensor]:
         """The network's own weights by a name that its copies share; where they are shared out, this process's part."""
@@ -209,7 +215,7 @@ class QNetwork(nn.Module):
             raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[:3]}")
         with torch.no_grad():
             for name, weight in own.items():
-                weight.copy_(part_of(weights[name], weight))
+                own_part(weight).copy_(part_of(weights[name], weight))
 
     @property
     def device(self) -> torch.device:
@@ -299,7 +305,7 @@ class Networks:
             online = self.online.weights()
             with torch.no_grad():
                 for name, weight in self.target.weights().items():
-                    weight.lerp_(online[name].to(weight.dtype), polyak)
+                    own_part(weight).lerp_(own_part(online[name]).to(weight.dtype), polyak)
         if copy_every is not None and update % copy_every == 0:
             self.target.restore(self.online.weights())
 
@@ -308,10 +314,10 @@ class Networks:
         for network in self._all().values():
             network.value_head.standardise(mean, deviation)
 
-    def shard(self, device: torch.device, reshard_after_forward: bool, trial: Batch) -> None:
+    def shard(self, device: torch.device, sharding: Sharding, trial: Batch) -> None:
         """Share out the weights of all of them over all processes. Adapters over one model cannot be."""
         for network in self._all().values():
-            network.shard(device, reshard_after_forward, trial)
+            network.shard(device, sharding, trial)
 
     def reset_reference(self) -> None:
         """Measure advantages against the online network as it is now; what was measured before is void."""
