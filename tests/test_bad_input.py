@@ -1,6 +1,7 @@
 """What the user can mend ends in one sentence on standard error and exit code 2, before anything is written."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -243,6 +244,40 @@ def test_broken_weights(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) 
     folder = save(tmp_path, tiny_gpt2(byte_tokenizer), byte_tokenizer)
     (folder / "model.safetensors").write_bytes(b"cut short")
     assert f"cannot load model {folder}" in refusal.of_model(folder)
+
+
+class Harmful:
+    """Unpickled, it runs code: it makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_no_pickled_weights_are_read(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) -> None:
+    import torch
+
+    folder = save(tmp_path, tiny_gpt2(byte_tokenizer), byte_tokenizer)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Harmful(tmp_path / "was here")}, folder / "pytorch_model.bin")
+    assert f"cannot load model {folder}" in refusal.of_model(folder)
+    assert not (tmp_path / "was here").exists()
+
+
+def test_no_pickled_adapter_is_read(byte_tokenizer: Any, tmp_path: Path) -> None:
+    import torch
+
+    from lmdqn.model.loading import load_trained
+    from lmdqn.recipe import ModelSection
+
+    folder = save(tmp_path, tiny_gpt2(byte_tokenizer), byte_tokenizer)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    torch.save({"weight": Harmful(tmp_path / "was here")}, folder / "adapter_model.bin")
+    with pytest.raises(lmdqn.UserError, match=r"has no adapter_model\.safetensors"):
+        load_trained(folder, ModelSection(name=str(folder)), 8)
+    assert not (tmp_path / "was here").exists()
 
 
 def test_image_model(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) -> None:

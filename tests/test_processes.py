@@ -30,7 +30,7 @@ from lmdqn.recipe import load_recipe
 from lmdqn.results.tracking import Tracker
 from lmdqn.shipped import shipped_folder
 from tests import several_runs
-from tests.runs import write_splits
+from tests.runs import contents, write_splits
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 GPT2 = {
@@ -219,6 +219,22 @@ def test_kinds_of_runs_in_two_processes(runs: Runs) -> None:
     run = recipes["causal"].parent / "run"
     assert len(replay(run)) == 4 * 5 * (2 + 1)
     assert any(one != other for one, other in longest(run, prompts=5, processes=2))
+
+
+def test_two_processes_go_on_bit_for_bit(runs: Runs) -> None:
+    """Stopped at its second step and begun again, a run is to the bit that of two processes that never stopped."""
+    runs.alone("causal")
+    kinds = ("causal", "lora", "seq2seq", "offline")
+    straight, stopped = ({kind: runs.write(where, kind) for kind in kinds} for where in ("straight", "stopped"))
+    told, _ = finish(
+        launch(2, "tests.several_runs", *map(str, straight.values()), *(f"{recipe}@2" for recipe in stopped.values()))
+    )
+    assert told.count("was stopped") == 2 * len(kinds)
+    for kind in kinds:
+        one, other = contents(straight[kind].parent / "run"), contents(stopped[kind].parent / "run")
+        for name, content in one.items():
+            if not name.startswith("checkpoints"):  # the stop made one more
+                assert content == other[name], (kind, name)
 
 
 def test_four_processes_do_what_one_does(runs: Runs) -> None:

@@ -58,8 +58,8 @@ EXPERIENCE: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "by reward, by length, after a minimum, quantiles": {
-        "replay": {"fresh_share": 0.3, "sampling": "reward", "learning_starts_episodes": 12},
-        "rollout": {"prompt_draw": "by_length", "temperature": 0.8},
+        "replay": {"fresh_share": 0.3, "sampling": "reward", "learning_starts_episodes": 12, "capacity_tokens": 150},
+        "rollout": {"prompt_draw": "by_length", "temperature": 0.8, "reference_top_k": 50},
         "qlearning": {"max_steps": 4, "value_quantiles": 4, "reference_reset_every": 2},
     },
 }
@@ -160,9 +160,10 @@ def test_a_log_held_to_a_distance_goes_on(in_memory: bool, recipe: Callable[...,
     assert_equal(Path(straight.output.dir), Path(once.output.dir))
 
 
-def test_an_adapter_goes_on_too(recipe: Callable[..., lmdqn.Recipe], tree: Callable[..., dict[str, Any]]) -> None:
+@pytest.mark.parametrize("family", SIZES)
+def test_an_adapter_goes_on_too(family: str, recipe: Callable[..., lmdqn.Recipe]) -> None:
     """Its base is a model that another run saved; the base stands in no checkpoint."""
-    base = recipe("base")
+    base = recipe("base", family)
     lmdqn.train(base)
     model = {"name": f"{base.output.dir}/model", "from_scratch": None, "lora": {"rank": 2}}
     straight, often = recipe("straight", model=model), recipe("often", model=model)

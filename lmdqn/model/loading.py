@@ -72,6 +72,8 @@ def load_trained(folder: str | Path, like: ModelSection, max_response_tokens: in
         return load_model(section, (), 0, max_response_tokens)
     from peft import PeftConfig, PeftModel
 
+    if not (Path(folder) / "adapter_model.safetensors").exists():  # peft would look for a pickle
+        raise UserError(f"cannot load adapter {folder}: it has no adapter_model.safetensors")
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     loaded = load_model(section.model_copy(update={"name": base}), (), 0, max_response_tokens)
     return replace(loaded, model=PeftModel.from_pretrained(loaded.model, str(folder)).eval())
@@ -200,6 +202,7 @@ def _load_pretrained(section: ModelSection, config: PreTrainedConfig) -> PreTrai
             revision=section.revision,
             dtype=section.dtype,
             trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,  # other files of weights are pickles, which may hold code
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -164,14 +164,17 @@ def _read_parquet(file: Path) -> list[Row]:
 
     try:
         return pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # of a damaged file, or of text that is not UTF-8
         raise UserError(f"{file} is not valid Parquet: {' '.join(str(error).split())}") from error
 
 
 def _read_saved(folder: Path, split: str) -> list[Row]:
     import datasets
 
-    saved = datasets.load_from_disk(str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the data set saved in {folder} ({error})") from error
     if split not in saved:
         raise UserError(f"{folder} has no split {split!r}{nearest(split, saved)}")
     return saved[split].to_list()
