@@ -156,6 +156,7 @@ class _Run:
         saved = self.checkpoints.read(name)
         self.results = {phase: Evaluation.of(evaluation) for phase, evaluation in saved["results"].items()}
         self.seconds, self.best = saved["seconds"], saved["best"]
+        self.on_main(lambda: self.checkpoints.tidy(name, self.best))
         self._began_s -= saved["elapsed_s"]
         self._write_metrics(saved["metrics_bytes"])
         self._rewind_folder()

@@ -215,6 +215,20 @@ def test_checkpoints_kept(recipe: Callable[..., lmdqn.Recipe]) -> None:
     assert (folder / "best").resolve().name == "dqn-000000"
 
 
+def test_a_kill_before_the_links_moved_is_made_good(recipe: Callable[..., lmdqn.Recipe]) -> None:
+    """After the last step no checkpoint is written any more: going on must link to the newest and drop the old."""
+    run = recipe("run", qlearning={"max_steps": 2}, warm_start={"epochs": 1})
+    lmdqn.train(run)
+    folder = Path(run.output.dir) / "checkpoints"
+    names = {path.name for path in folder.iterdir()}
+    shutil.copytree(folder / "dqn-000002", folder / "mle-000001")
+    (folder / "last").unlink()
+    (folder / "last").symlink_to("mle-000001")
+    lmdqn.train(run, resume=True)
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "last").resolve().name == "dqn-000002"
+
+
 @pytest.mark.parametrize("harm", ["cut short", "a flipped bit", "no manifest"])
 def test_a_broken_checkpoint_is_told_and_the_one_before_is_used(
     harm: str, halted: lmdqn.Recipe, recipe: Callable[..., lmdqn.Recipe]

@@ -68,6 +68,15 @@ class Checkpoints:
         with writing(self.folder / name):
             self.folder.mkdir(exist_ok=True)
             swap_in(self.folder / name, fill)
+        self.tidy(name, best)
+
+    def tidy(self, name: str, best: str | None) -> None:
+        """Link to the newest and the best, and drop those too old to be kept; a kill may have come before that.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        with writing(self.folder):
             write_link(self.folder / "last", name)
             if best is not None:
                 write_link(self.folder / "best", best)

@@ -42,7 +42,7 @@ def recipe(data: Path, run: Path) -> Recipe:
         "replay": {"batch_groups": 3, "fresh_share": 0.5, "demonstrations": 1, "capacity_episodes": 20},
         "qlearning": {"max_steps": 8},
         "evaluation": {"every_steps": 2, "bootstrap_samples": 100},
-        "output": {"dir": str(run), "log_every_steps": 1, "checkpoint_every_steps": 1},
+        "output": {"dir": str(run), "log_every_steps": 1, "checkpoint_every_steps": 1, "keep_checkpoints": 2},
     }
     return validate(tree, "faults")
 
