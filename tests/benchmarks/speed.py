@@ -269,7 +269,9 @@ def _rollout_against_generate(loaded: Any, prompts: list[list[int]]) -> tuple[Ca
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
+    from lmdqn.model.exploration import Exploration
     from lmdqn.model.reading import decode
+    from lmdqn.model.rollout import Sampler
 
     eos, pad = loaded.layout.eos_ids[0], loaded.layout.pad_id
     lengths = torch.randint(5, 129, (8 * len(prompts),), generator=torch.Generator().manual_seed(0))
@@ -283,10 +285,11 @@ def _rollout_against_generate(loaded: Any, prompts: list[list[int]]) -> tuple[Ca
 
     def ours() -> float:
         written = torch.zeros_like(lengths)
+        sampler = Sampler(Exploration(), torch.rand(len(lengths), 128, dtype=torch.float64))
 
         def choose(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             written[rows] += 1
-            return torch.multinomial(ended(scores, written[rows] >= lengths[rows]).softmax(-1), 1).squeeze(1)
+            return sampler(rows, ended(scores, written[rows] >= lengths[rows]))
 
         return int(lengths.sum()) / seconds(
             lambda: decode([lambda: nullcontext(loaded.model)], loaded.layout, prompts, 8, 128, choose)
