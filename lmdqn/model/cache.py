@@ -12,7 +12,12 @@ def make_room(cache: Cache | None) -> None:
     """Let the self-attention layers of a cache grow in place; layers of other kinds stay as they are."""
     grows = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if isinstance(grows, DynamicCache):
-        grows.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in grows.layers]
+        grows.layers = [RoomyLayer(layer) if _is_plain(layer) else layer for layer in grows.layers]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Neither of another kind, nor empty (as where layers share what they keep)."""
+    return type(layer) is DynamicLayer and layer.is_initialized
 
 
 class RoomyLayer(DynamicLayer):
