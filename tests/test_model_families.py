@@ -11,7 +11,7 @@ from lmdqn.episodes import Episode, Example, make_batch
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.qnetwork import Networks, over_vocabulary, response_log_probs
-from lmdqn.model.rollout import Rollout, _Sampler, measure_log_probs
+from lmdqn.model.rollout import Rollout, Sampler, measure_log_probs
 from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import validate
 
@@ -186,7 +186,7 @@ def test_sampling_repeats_under_a_seed_and_follows_the_policy() -> None:
     """10,000 draws from a known two-token policy, within four standard errors."""
     logits = torch.tensor([0.0, 1.0]).repeat(10_000, 1)
     seeded = torch.Generator().manual_seed(0)
-    sampler = _Sampler(Exploration(), torch.rand(10_000, 1, dtype=torch.float64, generator=seeded))
+    sampler = Sampler(Exploration(), torch.rand(10_000, 1, dtype=torch.float64, generator=seeded))
     share = sampler(torch.arange(10_000), logits).float().mean()
     assert abs(share - 0.7311) < 4 * (0.7311 * 0.2689 / 10_000) ** 0.5
 

@@ -15,7 +15,7 @@ import lmdqn
 from lmdqn.errors import NotFinite, UserError
 from lmdqn.learn.optimisation import Optimiser, Skips
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.rollout import _Sampler
+from lmdqn.model.rollout import Sampler
 from lmdqn.recipe import load_recipe
 
 CALLS = """
@@ -105,6 +105,6 @@ def test_skips_in_a_row() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_of_a_rollout(bad: float) -> None:
-    sampler = _Sampler(Exploration(), torch.full((2, 1), 0.5, dtype=torch.float64))
+    sampler = Sampler(Exploration(), torch.full((2, 1), 0.5, dtype=torch.float64))
     with pytest.raises(NotFinite, match="logits"):
         sampler(torch.zeros(2, 1), torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0]]))

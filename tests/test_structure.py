@@ -40,6 +40,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.model.sharing",
         "lmdqn.model.loading",
         "lmdqn.model.head",
+        "lmdqn.model.cache",
         "lmdqn.model.reading",
         "lmdqn.model.counting",
         "lmdqn.model.memory",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import SequenceFormat
+from lmdqn.model.cache import make_room
 
 Choose = Callable[..., Tensor]  # which rows (b,), logits (b, V) of each reader -> a token a row, (b,)
 Active = Callable[[], AbstractContextManager[Any]]  # the model, with the adapter that is meant
@@ -37,7 +38,7 @@ def decode(
     for all its samples, and rows that have ended leave the batch and the cache, a quarter of them at a time. What
     transformers' `generate` does besides costs more than a small model's own work on a CPU.
     """
-    readers = [Reader.of(model, layout, prompts) for model in models]
+    readers = [Reader.of(model, layout, prompts, max_tokens) for model in models]
     logits = [reader.start(samples) for reader in readers]
     device = logits[0].device
     rows = torch.arange(len(logits[0]), device=device)  # those in the batch
@@ -97,52 +98,63 @@ class Reader:
 
     active: Active
     takes: frozenset[str]  # the names of its forward's arguments
-    ids: Tensor  # (B, L) what the decoder has read or is about to
+    ids: Tensor  # (B, L) what the decoder is about to read; without a cache, all that it has read too
     mask: Tensor  # (B, P) of the prompt, padding excluded: a causal model's, or the encoder's
     encoded: Tensor | None  # (B, P, H) seq2seq only
+    added: Tensor | None = None  # (B, 1, 1, P + room) what is added to a causal model's scores, where it takes that
+    length: int = 0  # tokens read in each row, padding and the decoder's start included
     cache: Any = None
 
     @classmethod
-    def of(cls, active: Active, layout: SequenceFormat, prompts: Sequence[Sequence[int]]) -> "Reader":
-        """Nothing is read yet."""
+    def of(cls, active: Active, layout: SequenceFormat, prompts: Sequence[Sequence[int]], room: int) -> "Reader":
+        """Nothing is read yet; there is to be room for so many tokens after the prompts."""
         ids, mask = _padded(layout, prompts)
         with active() as model:
             device = next(model.parameters()).device
             ids, mask = ids.to(device), mask.to(device)
             plain = model.get_base_model() if hasattr(model, "peft_config") else model
             takes = frozenset(inspect.signature(plain.forward).parameters)
-            if layout.decoder_prefix is None:
-                return cls(active, takes, ids, mask, None)
-            encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        prefix = torch.tensor([layout.decoder_prefix], device=device).expand(len(prompts), -1)
-        return cls(active, takes, prefix, mask, encoded)
+            if layout.decoder_prefix is not None:
+                encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+                prefix = torch.tensor([layout.decoder_prefix], device=device).expand(len(prompts), -1)
+                return cls(active, takes, prefix, mask, encoded)
+            added = None
+            if layout.shares_prompts:  # then the model takes such a mask, and need not make one for every token
+                hidden = torch.nn.functional.pad(mask == 0, (0, room))[:, None, None]
+                added = torch.zeros(hidden.shape, dtype=model.dtype, device=device)
+                added.masked_fill_(hidden, torch.finfo(model.dtype).min)
+        return cls(active, takes, ids, mask, None, added)
 
     def start(self, samples: int) -> Tensor:
         """Read the prompts; from here on each has `samples` rows, one after the other: (B, V) logits."""
-        logits = self._forward(self.ids)
+        logits = self._forward()
+        make_room(self.cache)
         if samples == 1:
             return logits
-        self.ids, self.mask = self.ids.repeat_interleave(samples, 0), self.mask.repeat_interleave(samples, 0)
-        if self.encoded is not None:
-            self.encoded = self.encoded.repeat_interleave(samples, 0)
+        self._each(lambda rows: rows.repeat_interleave(samples, 0))
         if self.cache is not None:
             self.cache.batch_repeat_interleave(samples)
         return logits.repeat_interleave(samples, 0)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Read a token a row: (B, V) logits of the next."""
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        return self._forward(self.ids if self.cache is None else tokens[:, None])
+        self.ids = tokens[:, None] if self.cache is not None else torch.cat([self.ids, tokens[:, None]], dim=1)
+        return self._forward()
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on."""
-        self.ids, self.mask = self.ids[rows], self.mask[rows]
-        if self.encoded is not None:
-            self.encoded = self.encoded[rows]
+        self._each(lambda of_all: of_all[rows])
         if self.cache is not None:
             self.cache.batch_select_indices(rows)
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of everything but the cache."""
+        self.ids, self.mask = change(self.ids), change(self.mask)
+        self.encoded, self.added = (None if t is None else change(t) for t in (self.encoded, self.added))
+
+    def _forward(self) -> Tensor:
+        count = self.ids.shape[1]
+        self.length = count if self.cache is None else self.length + count
         given: dict[str, Any] = {"use_cache": True}
         if "past_key_values" in self.takes:  # a recurrent model keeps no such cache: it reads everything again
             given["past_key_values"] = self.cache
@@ -150,15 +162,21 @@ class Reader:
             given["logits_to_keep"] = 1
         if self.encoded is not None:
             given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=self.encoded), "attention_mask": self.mask}
-            given["decoder_input_ids"] = ids
+            given["decoder_input_ids"] = self.ids
         else:
-            read = self.ids.shape[1] - self.mask.shape[1]
-            mask = torch.nn.functional.pad(self.mask, (0, read), value=1)
-            given |= {"input_ids": ids, "attention_mask": mask}
+            given |= {"input_ids": self.ids, "attention_mask": self._causal_mask()}
             if "position_ids" in self.takes:
-                given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                padding = self.mask.shape[1] - self.mask.sum(1, keepdim=True)  # (B, 1)
+                places = torch.arange(self.length - count, self.length, device=padding.device)
+                given["position_ids"] = (places - padding).clamp(min=0)
         with self.active() as model:
             output = model(**given)
         if "past_key_values" in self.takes:
             self.cache = output.past_key_values
         return output.logits[:, -1]
+
+    def _causal_mask(self) -> Tensor:
+        """(B, L) of all that is read, or for one more token (B, 1, 1, L) what is added to its scores."""
+        if self.added is not None and self.cache is not None:
+            return self.added[..., : self.length]
+        return torch.nn.functional.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)

@@ -18,7 +18,7 @@ from lmdqn.model.reading import beam_search, decode, greedy
 LogProbs = Literal["reference_log_probs", "first_log_probs"]  # fields of an episode that a frozen network fills
 
 
-class _Sampler:
+class Sampler:
     """Samples tokens by uniform numbers that are given, and keeps the log-probability it sampled each with.
 
     uniforms (B, T) in [0, 1), one for each token: what a row becomes does not depend on the rows beside it.
@@ -32,7 +32,7 @@ class _Sampler:
 
     def __call__(self, rows: Tensor, logits: Tensor, reference: Tensor | None = None) -> Tensor:
         log_probs = self.exploration.log_probs(logits, reference)
-        cumulated = log_probs.double().exp().cumsum(-1)  # (b, V)
+        cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)  # (b, V)
         if not cumulated[:, -1].isfinite().all():
             raise NotFinite("the policy's logits are not finite in a rollout")
         points = self.uniforms[rows.cpu(), self._step, None].to(logits.device) * cumulated[:, -1:]
@@ -78,7 +78,7 @@ class Rollout:
         for start in range(0, len(order), at_once):
             chunk = order[start : start + at_once]
             prompts = [examples[i].prompt_ids for i in chunk]
-            sampler = _Sampler(exploration, self._uniforms(seed, [groups[i] for i in chunk], samples))
+            sampler = Sampler(exploration, self._uniforms(seed, [groups[i] for i in chunk], samples))
             responses = decode(models, self.layout, prompts, samples, self.max_response_tokens, sampler)
             for row, response in enumerate(responses):
                 which = chunk[row // samples]

@@ -4,11 +4,13 @@
 
 DIR holds train.jsonl of {"source", "references"}; rows are those of `ROWS`, all of them where none is named. The two
 sides of a row take turns, --repeats times each after one turn that is not counted; the table shows medians and the
-range of the ratios of turns. Memory is a process's peak resident set above what it held before the first update.
+range of the ratios of turns. --clock cpu counts the seconds that the process had its core, and not the wall's: for one
+thread on a machine that others use. Memory is a process's peak resident set above what it held before the first update.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -18,10 +20,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def cpu_seconds() -> float:
+    """Of this process, and of those that it started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": cpu_seconds}
+
+
+def clock() -> float:
+    """Seconds, by the clock that was asked for."""
+    return CLOCKS[options().clock]()
 
 
 class Line(NamedTuple):
@@ -41,9 +58,9 @@ def alternate(ours: Callable[[], float], theirs: Callable[[], float], repeats: i
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def compare(what: str, ours: list[float], theirs: list[float], unit: str, bar: str) -> Line:
@@ -166,26 +183,26 @@ def _trainer_step(model: Any, sequences: list[Any], prompts: list[int], pad_id: 
             "labels": pad_sequence([r["labels"] for r in batch], True, -100),
         }
 
-    class Clock(TrainerCallback):
+    class StepClock(TrainerCallback):
         began = 0.0
         took = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.took = time.perf_counter() - self.began
+            self.took = clock() - self.began
 
     def step() -> float:
-        clock = Clock()
+        watch = StepClock()
         arguments = TrainingArguments(
             tempfile.mkdtemp(), per_device_train_batch_size=len(rows), max_steps=2, save_strategy="no", report_to=[],
             disable_tqdm=True, logging_strategy="no", use_cpu=True, dataloader_drop_last=False,
         )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows * 2, data_collator=collate, callbacks=[clock])
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows * 2, data_collator=collate, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return clock.took
+        return watch.took
 
     return step
 
@@ -195,7 +212,7 @@ def memory(data: Path, repeats: int) -> Iterator[Line]:
     peak = {kind: _peak_mib(kind) for kind in ("chunks", "whole", "supervised")}
     ours = f"{peak['chunks']:,.0f} MiB"
     for other, bar in (("whole", "<= 0.25"), ("supervised", "<= 1.1")):
-        name = {"whole": "the same on whole logits", "supervised": "SFT, cross-entropy in chunks"}[other]
+        name = {"whole": "the same on whole logits", "supervised": "SFT, torch's chunked cross-entropy"}[other]
         ratio = [peak["chunks"] / peak[other]]
         yield Line(
             f"peak of an update, vocabulary 151,936, against {name}", ours, f"{peak[other]:,.0f} MiB", ratio, bar
@@ -216,7 +233,7 @@ def print_peak(kind: str) -> None:
     from lmdqn.learn.objective import q_loss
     from lmdqn.model.exploration import Exploration
     from lmdqn.model.loading import LoadedModel
-    from lmdqn.model.qnetwork import Networks, response_log_probs
+    from lmdqn.model.qnetwork import Networks
     from lmdqn.recipe import QLearningSection
 
     config = Qwen2Config(
@@ -230,7 +247,12 @@ def print_peak(kind: str) -> None:
     batch = make_batch(episodes, layout)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     if kind == "supervised":
-        (-response_log_probs(batch, networks.online(batch)).sum()).backward()
+        model, (row, place) = networks.online.model, batch.states.unbind(1)
+        hidden = model.model(input_ids=batch.decoder_ids, attention_mask=batch.decoder_mask).last_hidden_state
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        torch.nn.functional.linear_cross_entropy(
+            hidden[row, place], model.lm_head.weight, batch.actions, options=chunked
+        ).backward()
     else:
         q_loss(batch, networks, QLearningSection(), Exploration()).loss.backward()
     assert any(p.grad is not None for p in networks.online.model.parameters())
@@ -269,7 +291,9 @@ def _rollout_against_generate(loaded: Any, prompts: list[list[int]]) -> tuple[Ca
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
+    from lmdqn.model.exploration import Exploration
     from lmdqn.model.reading import decode
+    from lmdqn.model.rollout import Sampler
 
     eos, pad = loaded.layout.eos_ids[0], loaded.layout.pad_id
     lengths = torch.randint(5, 129, (8 * len(prompts),), generator=torch.Generator().manual_seed(0))
@@ -283,10 +307,11 @@ def _rollout_against_generate(loaded: Any, prompts: list[list[int]]) -> tuple[Ca
 
     def ours() -> float:
         written = torch.zeros_like(lengths)
+        sampler = Sampler(Exploration(), torch.rand(len(lengths), 128, dtype=torch.float64))
 
         def choose(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             written[rows] += 1
-            return torch.multinomial(ended(scores, written[rows] >= lengths[rows]).softmax(-1), 1).squeeze(1)
+            return sampler(rows, ended(scores, written[rows] >= lengths[rows]))
 
         return int(lengths.sum()) / seconds(
             lambda: decode([lambda: nullcontext(loaded.model)], loaded.layout, prompts, 8, 128, choose)
@@ -308,6 +333,14 @@ def _rollout_against_generate(loaded: Any, prompts: list[list[int]]) -> tuple[Ca
         )
 
     return ours, theirs
+
+
+def iteration(data: Path, repeats: int) -> Iterator[Line]:
+    """A whole iteration, rollout, score and update, against TRL's GRPO; DIR is a folder of its set's name."""
+    from versus.iteration import episode_rates
+
+    fast, slow = alternate(*episode_rates(data, options().output, clock), repeats)
+    yield compare("whole iteration against TRL's GRPO, 16 prompts x 4, 1.2M", fast, slow, "episodes/s", ">= 2")
 
 
 def scoring(data: Path, repeats: int) -> Iterator[Line]:
@@ -391,7 +424,7 @@ def replay(data: Path, repeats: int) -> Iterator[Line]:
 
 
 def growth(data: Path, repeats: int) -> Iterator[Line]:
-    """Time of an update as the batch, the length and the vocabulary double; 2 is linear."""
+    """Time of an update as batch, length and vocabulary grow: the exponent fitted over three sizes; 1 is linear."""
     import torch
 
     from lmdqn.episodes import Episode, Example, make_batch
@@ -411,15 +444,18 @@ def growth(data: Path, repeats: int) -> Iterator[Line]:
         batch = make_batch(episodes, loaded.layout)
         return lambda: seconds(lambda: q_loss(batch, networks, QLearningSection(), Exploration()).loss.backward())
 
-    for name, small, large in (
-        ("batch, 16 to 32 groups", (16, 32, 1500), (32, 32, 1500)),
-        ("length, 32 to 64 tokens", (16, 32, 1500), (16, 64, 1500)),
-        ("vocabulary, 4,000 to 8,000", (16, 32, 4000), (16, 32, 8000)),
+    for name, sizes, work in (
+        ("groups", (8, 16, 32), lambda size: once(size, 32, 1500)),
+        ("response tokens", (16, 32, 64), lambda size: once(16, size, 1500)),
+        ("vocabulary", (2000, 4000, 8000), lambda size: once(16, 32, size)),
     ):
-        after, before = alternate(once(*large), once(*small), repeats)
-        ratios = [a / b for a, b in zip(after, before, strict=True)]
-        shown, shown_before = (f"{1000 * statistics.median(times):.0f} ms" for times in (after, before))
-        yield Line(f"update as work doubles: {name}", shown, shown_before, ratios, "<= 2 (linear)")
+        updates = [work(size) for size in sizes]
+        turns = [[update() for update in updates] for _ in range(repeats + 1)][1:]
+        logs = [math.log(size) for size in sizes]
+        exponents = [statistics.linear_regression(logs, [math.log(s) for s in turn]).slope for turn in turns]
+        times = [f"{1000 * statistics.median(of_size):.0f}" for of_size in zip(*turns, strict=True)]
+        shown = f"{', '.join(times)} ms"
+        yield Line(f"update as {name} grow: {', '.join(map(str, sizes))}", shown, "", exponents, "exponent <= 1")
 
 
 def start(data: Path, repeats: int) -> Iterator[Line]:
@@ -441,6 +477,7 @@ ROWS = {
     "memory": memory,
     "adapters": adapters,
     "rollout": rollout,
+    "iteration": iteration,
     "scoring": scoring,
     "replay": replay,
     "growth": growth,
@@ -448,19 +485,26 @@ ROWS = {
 }
 
 
-def main() -> None:
+@cache
+def options() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"{', '.join(ROWS)}; all where none is named")
     parser.add_argument("--data", type=Path, help="a folder with train.jsonl, four references to many sources")
+    parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="keeps the warm start of `iteration`")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        print_peak(options.peak)
+    return parser.parse_args()
+
+
+def main() -> None:
+    if options().peak:
+        print_peak(options().peak)
         return
     print("| what | lmdqn | the other | ratio (range) | bar |\n|---|---|---|---|---|")
-    for name in options.rows or ROWS:
-        for line in ROWS[name](options.data, options.repeats):
+    for name in options().rows or ROWS:
+        for line in ROWS[name](options().data, options().repeats):
             spread = f"{statistics.median(line.ratios):.3g}" if line.ratios else ""
             if len(line.ratios) > 1:
                 spread += f" ({min(line.ratios):.3g} to {max(line.ratios):.3g})"
