@@ -40,7 +40,11 @@ class OutputSection(Section):
         ge=1,
         description="steps between checkpoints; null: only at the best validation, at a phase's end or a signal",
     )
-    keep_checkpoints: int = Field(1, ge=1, description="checkpoints kept besides the best one, the newest first")
+    keep_checkpoints: int = Field(
+        2,
+        ge=1,
+        description="checkpoints kept besides the best one, the newest first; a damaged one needs another",
+    )
     trackers: list[
         Literal["tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab"]
     ] = Field(default_factory=list, description="experiment trackers that get what metrics.jsonl gets")
