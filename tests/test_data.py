@@ -102,6 +102,12 @@ def test_csv_cells_are_text(tmp_path: Path) -> None:
     ]
 
 
+def test_a_csv_row_with_a_comma_too_many_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("source,references\none,a\ntwo, or 2,b\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"test.csv, row 2: more cells .* quote"):
+        pairs(tmp_path)
+
+
 def test_long_csv_with_lines_in_its_cells(tmp_path: Path) -> None:
     """Longer than the blocks that pyarrow reads a CSV in, so that some block ends inside a quoted cell."""
     rows = [{"source": f"{i}\n" + "some words\n" * 4000, "references": f"{i}"} for i in range(60)]

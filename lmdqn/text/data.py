@@ -153,9 +153,13 @@ def _read_csv(file: Path) -> list[Row]:
         try:
             if not reader.fieldnames:
                 raise UserError(f"{file} is not valid CSV: it has no header")
-            return list(reader)
+            rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file} is not valid CSV: line {reader.line_num}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # where DictReader puts cells that have no column
+            raise UserError(f"{file}, row {number}: more cells than the header has columns: quote cells with commas")
+    return rows
 
 
 def _read_parquet(file: Path) -> list[Row]:
