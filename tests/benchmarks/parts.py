@@ -1,16 +1,17 @@
 """Each part of the method alone against the default, on one data set: the table behind recipes/METHOD.md.
 
-    python tests/benchmarks/parts.py RECIPE DATA OUTPUT [--seconds 60] [--seeds 2] [--only NAME ...]
+    python tests/benchmarks/parts.py RECIPE DATA OUTPUT [--steps 60] [--seeds 0 1 2] [--only NAME ...] [KEY=VALUE ...]
 
-Every row changes one thing. One warm start, made first, serves all. Each run's numbers go to OUTPUT/NAME-SEED.json, and
-what is there is not run again: stop it and start it as you like. The table is printed, and kept in OUTPUT/table.md.
+Every row changes one thing; all take as many steps, and the table says how long those took. One warm start, made
+first, serves all; KEY=VALUE changes the recipe for it and for every row. Each run's numbers go to OUTPUT/NAME-SEED.json,
+and what is there is not run again: stop it and start it as you like. The table is printed, and kept in OUTPUT/table.md.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from lmdqn.pipeline import train
 from lmdqn.recipe import Recipe, load_recipe
@@ -38,6 +39,7 @@ PARTS: dict[str, list[str]] = {
     "actor 1": ["qlearning.actor=1"],
     "target: copies of 20": ["qlearning.target_polyak=null", "qlearning.target_copy_every=20"],
     "reference reset at 40": ["qlearning.reference_reset_every=40"],
+    "Boltzmann at .7": ["rollout.temperature=0.7"],
     "epsilon-greedy in top 20": [
         "rollout.epsilon_greedy=true",
         "rollout.epsilon_start=0.3",
@@ -51,6 +53,13 @@ PARTS: dict[str, list[str]] = {
     "replay: half, token weights": ["replay.fresh_share=0.5", "qlearning.importance=token"],
     "replay: half, episode weights": ["replay.fresh_share=0.5", "qlearning.importance=episode"],
     "demonstrations: 1": ["replay.demonstrations=1"],
+    "demonstrations: 1, supervised 1": ["replay.demonstrations=1", "qlearning.supervised=1"],
+    "64 prompts of 1 sample": [
+        "rollout.prompts=64",
+        "rollout.samples=1",
+        "replay.batch_groups=64",
+        "qlearning.baseline=running",
+    ],
 }
 SHOWN = ("reward", "bleu", "rougeL", "length_words", "distinct2")
 
@@ -60,13 +69,14 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("data")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
+    arguments = parser.parse_intermixed_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    start = warm_start(arguments.recipe, arguments.data, arguments.output)
-    for seed in range(arguments.seeds):  # every part once before any part twice
+    start = warm_start(arguments)
+    for seed in arguments.seeds:  # every part once before any part twice
         for name in arguments.only:
             measure(name, seed, start, arguments)
             table = as_table(arguments.output)
@@ -74,12 +84,12 @@ def main() -> None:
     print(table)
 
 
-def warm_start(recipe: str, data: str, output: Path) -> Path:
+def warm_start(arguments: argparse.Namespace) -> Path:
     """The run whose model all others begin with: the recipe's warm start alone."""
-    folder = output / "start"
+    folder = arguments.output / "start"
     if not (folder / "results.json").exists():
-        settings = [f"data.path={data}", f"output.dir={folder}", "output.overwrite=true", "qlearning.max_steps=0"]
-        train(load_recipe(recipe, settings))
+        settings = [f"data.path={arguments.data}", f"output.dir={folder}", "output.overwrite=true"]
+        train(load_recipe(arguments.recipe, [*arguments.overrides, *settings, "qlearning.max_steps=0"]))
     return folder
 
 
@@ -89,16 +99,14 @@ def measure(name: str, seed: int, start: Path, arguments: argparse.Namespace) ->
     if kept.exists():
         return
     folder = arguments.output / "run"
-    budget = [f"qlearning.max_seconds={arguments.seconds}", "qlearning.max_steps=1000000", f"seed={seed}"]
+    budget = [f"qlearning.max_steps={arguments.steps}", "qlearning.max_seconds=null", f"seed={seed}"]
     begin = [f"model={{name: {start / 'model'}}}", "warm_start=null", f"output.dir={folder}", "output.overwrite=true"]
     recipe: Recipe = load_recipe(start / "recipe.yaml", [*begin, *budget, *PARTS[name]])
     result = train(recipe)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = max(line["step"] for line in lines)
     numbers = {
         phase: {metric: evaluation.metrics[metric] for metric in SHOWN} for phase, evaluation in result.test.items()
     }
-    kept.write_text(json.dumps({"part": name, "seed": seed, "steps": steps, **numbers}) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps({"part": name, "seed": seed, "seconds": result.seconds["dqn"], **numbers}) + "\n", encoding="utf-8")
     shutil.rmtree(folder)
 
 
@@ -106,19 +114,21 @@ def as_table(output: Path) -> str:
     """Test metrics after DQN, mean over the seeds that are done, and the start's."""
     done = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*-*.json"))]
     rows = [
-        "| part | seeds | steps | reward, each seed | " + " | ".join(SHOWN[1:]) + " |",
+        "| part | reward, each seed | mean ± deviation | seconds | " + " | ".join(SHOWN[1:]) + " |",
         "|" + "---|" * (len(SHOWN) + 3),
     ]
     if done:
         cells = " | ".join(f"{done[0]['start'][metric]:.1f}" for metric in SHOWN[1:])
-        rows.append(f"| start | | 0 | {done[0]['start']['reward']:.1f} | {cells} |")
+        rows.append(f"| start | | {done[0]['start']['reward']:.1f} | | {cells} |")
     for name in PARTS:
         of_part = [run for run in done if run["part"] == name]
         if of_part:
-            rewards = ", ".join(f"{run['dqn']['reward']:.1f}" for run in of_part)
+            rewards = [run["dqn"]["reward"] for run in of_part]
+            spread = f" ± {stdev(rewards):.1f}" if len(rewards) > 1 else ""
             cells = " | ".join(f"{fmean(run['dqn'][metric] for run in of_part):.1f}" for metric in SHOWN[1:])
-            steps = fmean(run["steps"] for run in of_part)
-            rows.append(f"| {name} | {len(of_part)} | {steps:.0f} | {rewards} | {cells} |")
+            seconds = fmean(run["seconds"] for run in of_part)
+            each = ", ".join(f"{reward:.1f}" for reward in rewards)
+            rows.append(f"| {name} | {each} | {fmean(rewards):.1f}{spread} | {seconds:.0f} | {cells} |")
     return "\n".join(rows) + "\n"
 
 
