@@ -3,8 +3,9 @@
     python tests/benchmarks/parts.py RECIPE DATA OUTPUT [--steps 60] [--seeds 0 1 2] [--only NAME ...] [KEY=VALUE ...]
 
 Every row changes one thing; all take as many steps, and the table says how long those took. One warm start, made
-first, serves all; KEY=VALUE changes the recipe for it and for every row. Each run's numbers go to OUTPUT/NAME-SEED.json,
-and what is there is not run again: stop it and start it as you like. The table is printed, and kept in OUTPUT/table.md.
+first, serves all; KEY=VALUE changes the recipe for it and for every row. Each run's numbers go to
+OUTPUT/NAME-SEED.json, and what is there is not run again: stop it and start it as you like. The table is printed, and
+kept in OUTPUT/table.md.
 """
 
 import argparse
@@ -106,7 +107,8 @@ def measure(name: str, seed: int, start: Path, arguments: argparse.Namespace) ->
     numbers = {
         phase: {metric: evaluation.metrics[metric] for metric in SHOWN} for phase, evaluation in result.test.items()
     }
-    kept.write_text(json.dumps({"part": name, "seed": seed, "seconds": result.seconds["dqn"], **numbers}) + "\n", encoding="utf-8")
+    line = {"part": name, "seed": seed, "seconds": result.seconds["dqn"], **numbers}
+    kept.write_text(json.dumps(line) + "\n", encoding="utf-8")
     shutil.rmtree(folder)
 
 
