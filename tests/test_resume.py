@@ -86,7 +86,12 @@ def tree(tmp_path: Path, write_data: Callable[..., Path]) -> Callable[..., dict[
             "replay": {"batch_groups": 3},
             "qlearning": {"max_steps": 5},
             "evaluation": {"every_steps": 2, "bootstrap_samples": 100},
-            "output": {"dir": str(tmp_path / name), "log_every_steps": 1, "checkpoint_every_steps": 2},
+            "output": {
+                "dir": str(tmp_path / name),
+                "log_every_steps": 1,
+                "checkpoint_every_steps": 2,
+                "keep_checkpoints": 1,  # of more, the one before the last depends on where the run stopped
+            },
         }
         for section, values in changes.items():
             built[section] = {**(built.get(section) or {}), **values}
