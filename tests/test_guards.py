@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import lmdqn
-from lmdqn.learn.guards import FIRST_STEPS, Guards
+from lmdqn.learn.guards import FIRST_STEPS, SOUND_STEPS, Guards
 from lmdqn.recipe import GuardsSection, load_recipe
 from tests.runs import Listening
 
@@ -40,12 +40,18 @@ def watched(*records: dict[str, float], **settings: Any) -> list[list[str]]:
 @pytest.mark.parametrize("kind", BAD)
 def test_each_guard_fires_once_and_again_after_a_recovery(kind: str) -> None:
     change, sentence = BAD[kind]
-    said = watched(*[{**SOUND, **change}] * 30, *[SOUND] * 40, *[{**SOUND, **change}] * 30)
-    first, between, again = said[:30], said[30:70], said[70:]
+    sound = SOUND_STEPS + 40  # the means take some steps to be sound
+    said = watched(*[{**SOUND, **change}] * 30, *[SOUND] * sound, *[{**SOUND, **change}] * 30)
+    first, between, again = said[:30], said[30 : 30 + sound], said[30 + sound :]
     assert [len(of_step) for of_step in first].count(1) == 1
     assert sentence in next(of_step for of_step in first if of_step)[0]
     assert not any(between)
     assert [len(of_step) for of_step in again].count(1) == 1
+
+
+def test_a_number_that_swings_is_told_once() -> None:
+    said = watched(*([{**SOUND, "reward": 0.0}] * 20 + [SOUND] * 20) * 5)
+    assert sum(map(len, said)) == 1
 
 
 def test_one_bad_step_is_no_collapse() -> None:
@@ -85,7 +91,7 @@ def test_its_state_goes_on() -> None:
     for _ in range(2):
         assert one.check({**SOUND, "reward": 0.0}) == other.check({**SOUND, "reward": 0.0})
     assert one.state() == other.state()
-    assert one.state()["fired"] == ["reward"]
+    assert one.state()["fired"] == {"reward": 10}
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------

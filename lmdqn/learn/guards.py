@@ -7,10 +7,11 @@ from lmdqn.recipe import GuardsSection
 WATCHED = ("reward", "kl_nats", "response_tokens", "repeated_4grams", "behaviour_nats")
 SMOOTHING = 0.8  # share of the running mean that stays at each step
 FIRST_STEPS = 5  # guards are silent so long, and the length is compared with the mean over them
+SOUND_STEPS = 100  # in a row, after which a guard that has fired speaks again
 
 
 class Guards:
-    """Reads each step's record. A guard that has fired is silent until its number has been sound again."""
+    """Reads each step's record. A guard that has fired is silent until its number has long been sound again."""
 
     def __init__(self, recipe: GuardsSection):
         self.recipe = recipe
@@ -19,7 +20,7 @@ class Guards:
         self._means: dict[str, float] = {}
         self._first_tokens = 0.0
         self._best_reward: float | None = None
-        self._fired: list[str] = []
+        self._fired: dict[str, int] = {}  # the last step at which each guard's number was not sound
 
     def check(self, record: dict[str, float]) -> list[str]:
         """Take in a step; gives a sentence for each guard that fires now."""
@@ -36,15 +37,16 @@ class Guards:
         reward = self._means["reward"]
         self._best_reward = reward if self._best_reward is None else max(reward, self._best_reward)
         firing = self._firing()
-        news = [sentence for name, sentence in firing.items() if name not in self._fired]
-        self._fired = list(firing)
+        silent = {name for name, step in self._fired.items() if self._steps - step <= SOUND_STEPS}
+        news = [sentence for name, sentence in firing.items() if name not in silent]
+        self._fired |= dict.fromkeys(firing, self._steps)
         if news and self.recipe.action == "stop":
             self.stopped = True
         return news
 
     def start_again(self) -> None:
         """Forget the running means: the networks are others now."""
-        self._means, self._fired = {}, []
+        self._means, self._fired = {}, {}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -5,6 +5,7 @@ a step's prompts, keeps its share of the replay, and learns from its share of ea
 random depends on seed, step and prompt, never on who does it, so the number of processes changes nothing but rounding.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lmdqn.errors import UserError
 
 T = TypeVar("T")
+THREADS_REST_S = 0.5
 BUCKET_ELEMENTS = 2**24  # gradients are summed in buckets of about so many numbers
 
 
@@ -101,9 +103,14 @@ class Processes:
 
 
 def part() -> None:
-    """Processes that have done all their work leave each other."""
+    """Processes that have done all their work leave each other.
+
+    A thread of gloo's drops its tensors a moment after the call that it served has returned, and aborts the process if
+    the interpreter is going by then. Under FSDP2 these threads outlive the destroyed group: they get their moment.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(THREADS_REST_S)
 
 
 def deal(numbers: Sequence[int], processes: int) -> list[list[int]]:

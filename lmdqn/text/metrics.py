@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from lmdqn.text import sentence_scores
 
@@ -74,7 +76,10 @@ def distinct_2(responses: Sequence[str]) -> float:
 
 def corpus_bleu(responses: Sequence[str], references: References, lowercase: bool = False) -> float:
     """sacrebleu's corpus BLEU, 0 to 100, with all references."""
-    return BLEU(lowercase=lowercase).corpus_score(list(responses), reference_streams(references)).score
+    score = BLEU(lowercase=lowercase).corpus_score(list(responses), reference_streams(references)).score
+    for tokenizer in (Tokenizer13a, TokenizerRegexp):  # each keeps 65,536 texts: as many megabytes, when they are long
+        tokenizer.__call__.cache_clear()
+    return score
 
 
 def corpus_chrf(responses: Sequence[str], references: References, lowercase: bool = False) -> float:

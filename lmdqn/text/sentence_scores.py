@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU
 
 LONGEST_NGRAM = 4
 KEPT_REFERENCES = 4096  # sets of references; some 10 KB each where there are four of 20 words
-KEPT_WORDS = 2**17
+KEPT_WORDS = 2**14  # some 300 bytes each
 _ALPHANUMERIC = re.compile("[a-z0-9]+")
 
 Places = int  # a set of places in the row of references: those where an n-gram ends

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import lmdqn
 from lmdqn.cli.common import quiet_libraries
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     quiet_libraries()
+    torch.set_num_threads(1)  # a forked child waits for ever for the threads that OpenMP had in its parent
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))

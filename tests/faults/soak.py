@@ -10,6 +10,8 @@ import os
 import sys
 import tempfile
 import time
+from array import array
+from bisect import bisect
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,13 +29,14 @@ class Meter(Tracker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read: list[tuple[float, float, int]] = []  # seconds, MiB, files
+        self.seconds, self.mib, self.files = array("d"), array("d"), array("i")  # small: they count as memory too
 
     def log(self, phase: str, record: dict[str, Any], write: bool = True) -> None:
         super().log(phase, record, write)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        files = len(os.listdir("/proc/self/fd"))
-        self.read.append((time.monotonic(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files))
+        self.seconds.append(time.monotonic())
+        self.mib.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        self.files.append(len(os.listdir("/proc/self/fd")))
 
 
 def main() -> None:
@@ -52,15 +55,16 @@ def main() -> None:
         }
         meter = Meter()
         lmdqn.train(validate(tree, "soak"), meter)
-    began, ended = meter.read[0][0], meter.read[-1][0]
-    steady = [line for line in meter.read if line[0] > began + 0.2 * (ended - began)]
-    quarter = len(steady) // 4
-    early, late = fmean(mib for _, mib, _ in steady[:quarter]), fmean(mib for _, mib, _ in steady[-quarter:])
+    began, ended = meter.seconds[0], meter.seconds[-1]
+    first = bisect(meter.seconds, began + 0.2 * (ended - began))
+    mib, files = meter.mib[first:], meter.files[first:]
+    tenths = [fmean(mib[i * len(mib) // 10 : (i + 1) * len(mib) // 10]) for i in range(10)]
+    early, late = fmean(mib[: len(mib) // 4]), fmean(mib[-(len(mib) // 4) :])
     growth = late / early - 1
-    files = steady[0][2], steady[-1][2]
-    print(f"{len(meter.read)} steps in {(ended - began) / 60:.1f} minutes: memory {early:.1f} to {late:.1f} MiB")
-    print(f"({100 * growth:+.2f} %), open files {files[0]} to {files[1]}")
-    sys.exit(growth > 0.02 or files[1] > files[0])
+    print(f"{len(meter.seconds)} steps in {(ended - began) / 60:.1f} minutes: memory {early:.1f} to {late:.1f} MiB")
+    print(f"({100 * growth:+.2f} %; by tenths {' '.join(f'{m:.1f}' for m in tenths)})")
+    print(f"open files {files[0]} to {files[-1]}")
+    sys.exit(growth > 0.02 or files[-1] > files[0])
 
 
 if __name__ == "__main__":
