@@ -12,6 +12,7 @@ import pytest
 import versus_trl
 from versus.arena import Arena, Recorder, Settings, Task
 from versus.bootstrap import draw_counts, interval, paired_p, resampled
+from versus.gains import first_reaches
 from versus.methods import best_sample, run_best_of_group, run_lean_grpo, run_more_mle, standardised
 from versus.trl_runs import check_prompts, parts_for, run_trl_grpo, run_trl_rloo
 from versus.units import METHODS, Bench, Setting, Unit, better_variant, choose
@@ -179,10 +180,10 @@ def test_the_whole_course_from_the_command_line(
     versus_trl.main()
     folder = output / "data-causal"
     report = (folder / "report.md").read_text(encoding="utf-8")
-    for part in ("| warm start |", "| lmdqn | best on validation |", "Differences", "equal rollouts", "taken"):
+    for part in ("| warm start |", "| lmdqn | best on validation |", "Gains", "Differences", "equal rollouts", "taken"):
         assert part in report
     lines = [json.loads(line) for line in (folder / "table.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {line["table"] for line in lines} == {"test", "difference", "equal rollouts", "tuning"}
+    assert {line["table"] for line in lines} == {"test", "difference", "gains", "equal rollouts", "tuning"}
     assert (folder / "curves.png").stat().st_size > 10_000
     units = list((folder / "units").iterdir())
     assert len(units) == 1 + 2 * 2 + 2 * 2  # the start; two rates tuned, two seeds compared, for each method
@@ -218,6 +219,14 @@ def test_intervals_and_p_values_by_hand() -> None:
     assert interval(values) == pytest.approx((5 - 47.5, 5 + 47.5))
     gains = np.array([2.0, 1.0, 2.0, 3.0, 6.0])  # the draws' mean is 3: they lie 2, 1, 0 and 3 from it
     assert paired_p(gains, np.zeros(5)) == pytest.approx((2 + 1) / 5)
+
+
+def test_when_a_curve_reaches_a_score() -> None:
+    """From 2 at 10 s to 6 at 20 s it is 3 at 12.5 s; later falls do not count, and 7 never comes."""
+    curve = [{"seconds": s, "reward": r} for s, r in ((0.0, 1.0), (10.0, 2.0), (20.0, 6.0), (30.0, 0.0))]
+    assert first_reaches(curve, 3.0) == pytest.approx(12.5)
+    assert first_reaches(curve, 1.0) == 0.0
+    assert first_reaches(curve, 7.0) is None
 
 
 def test_choices_by_validation() -> None:

@@ -10,7 +10,8 @@ from transformers.utils import logging
 from lmdqn.errors import UserError
 from lmdqn.recipe import nearest
 from versus.arena import Settings, Task
-from versus.report import Compared, write_report
+from versus.compared import Compared
+from versus.report import write_report
 from versus.units import METHODS, TUNING_SEED, Bench, Method, Result, Setting, Unit, best_validation, choose
 
 Tuning = dict[tuple[Task, str], dict[Setting, Result]]  # by task and method
@@ -44,7 +45,7 @@ def run_all(options: argparse.Namespace) -> None:
             mine = {name: finals[task, name] for name in methods}
             settings_of = {name: chosen[task, name] for name in methods}
             tuning_of = {name: tuning[task, name] for name in methods}
-            write_report(settings, Compared(task, bench.start(task), mine, settings_of, tuning_of))
+            write_report(Compared(task, settings, bench.start(task), mine, settings_of, tuning_of))
             bench.say(f"seed {seed} of {options.seeds}: {task.folder(settings) / 'report.md'}")
 
 

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import fmean, stdev
@@ -13,56 +11,21 @@ import numpy as np
 
 from versus.arena import Settings, Task
 from versus.bootstrap import Scores, draw_counts, interval, paired_p, resampled
+from versus.compared import CHECKPOINTS, COLUMNS, Compared, Lines, as_table, mean_and_spread
+from versus.gains import gains_table
 from versus.plot import plot_curves
-from versus.units import METHODS, Result, Setting, best_validation, better_variant
+from versus.units import METHODS, best_validation
 
-COLUMNS = {
-    "reward": "reward",
-    "bleu": "BLEU",
-    "rougeL": "ROUGE-L",
-    "rouge2": "ROUGE-2",
-    "chrf": "chrF",
-    "distinct2": "distinct-2",
-    "repeated_4grams": "repeated 4-grams",
-    "length_ratio": "length ratio",
-}
 TESTED = ("reward", "bleu", "rougeL", "rouge2", "chrf")  # metrics with a p-value
-CHECKPOINTS = {"last": "final", "best": "best on validation"}
-Lines = list[dict[str, Any]]
 
 
-@dataclass
-class Compared:
-    """Everything about one task that a report says."""
-
-    task: Task
-    start: Result
-    finals: Mapping[str, Sequence[Result]]  # by method, a result a seed
-    settings: Mapping[str, Setting]
-    tuning: Mapping[str, Mapping[Setting, Result]]
-
-    @cached_property
-    def variants(self) -> dict[str, str]:
-        """By method, which of its weights the tables show."""
-        return {name: better_variant(results) for name, results in self.finals.items()}
-
-    def label(self, method: str) -> str:
-        averaged = self.variants[method] == "average" and method != "lmdqn"
-        return METHODS[method].title + (" (averaged weights)" if averaged else "")
-
-    def curves(self, method: str) -> list[list[dict[str, float]]]:
-        """A validation curve a seed, the warm start its first point."""
-        first = self.start["curves"]["online"]
-        return [first + result["curves"][self.variants[method]] for result in self.finals[method]]
-
-
-def write_report(settings: Settings, one: Compared) -> None:
+def write_report(one: Compared) -> None:
     """`report.md`, `table.jsonl` and `curves.png` in the task's folder."""
-    text, lines = _heading(settings, one.task), []
-    for table, more in (_test_tables(settings, one), _equal_rollouts(one), _tuning_table(one)):
+    text, lines = _heading(one.run_with, one.task), []
+    for table, more in (_test_tables(one), gains_table(one), _equal_rollouts(one), _tuning_table(one)):
         text += table
         lines += [{"set": one.task.set, "architecture": one.task.architecture, **line} for line in more]
-    folder = one.task.folder(settings)
+    folder = one.task.folder(one.run_with)
     plot_curves({one.label(method): one.curves(method) for method in one.finals}, str(one.task), folder / "curves.png")
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -84,10 +47,9 @@ def _versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
-def _test_tables(settings: Settings, one: Compared) -> tuple[str, Lines]:
-    references = [pair.references for pair in one.task.test_pairs(settings)]
+def _test_tables(one: Compared) -> tuple[str, Lines]:
+    references, start = one.references, one.start_scores
     counts = draw_counts(len(references))
-    start = resampled(one.start["test"]["online"]["last"], references, counts)
     rows = [["warm start", "", *(f"{start[m][0]:.1f} [{_interval(start[m])}]" for m in COLUMNS)]]
     lines: Lines = [_line("warm start", "", m, [float(start[m][0])], interval=interval(start[m])) for m in COLUMNS]
     means: dict[tuple[str, str], Scores] = {}  # by method and checkpoint, over seeds
@@ -97,11 +59,11 @@ def _test_tables(settings: Settings, one: Compared) -> tuple[str, Lines]:
             seeds = [resampled(result["test"][variant][checkpoint], references, counts) for result in results]
             means[method, checkpoint] = {m: np.mean([scores[m] for scores in seeds], axis=0) for m in COLUMNS}
             observed = {m: [float(scores[m][0]) for scores in seeds] for m in COLUMNS}
-            rows.append([one.label(method), title, *(_mean_and_spread(observed[m]) for m in COLUMNS)])
+            rows.append([one.label(method), title, *(mean_and_spread(observed[m]) for m in COLUMNS)])
             lines += [_line(one.label(method), title, m, observed[m]) for m in COLUMNS]
     seeds_run = len(next(iter(one.finals.values())))
     text = f"\n## Test, {len(references)} sources, {seeds_run} seeds\n\n"
-    text += _markdown(["system", "checkpoint", *COLUMNS.values()], rows)
+    text += as_table(["system", "checkpoint", *COLUMNS.values()], rows)
     if "lmdqn" in one.finals:
         table, more = _differences(one, means)
         text, lines = text + table, lines + more
@@ -122,7 +84,7 @@ def _differences(one: Compared, means: Mapping[tuple[str, str], Scores]) -> tupl
                           "gain": gain, "p": p})  # fmt: skip
         rows.append([one.label(method), title, *cells])
     columns = ["lmdqn minus", "checkpoint", *(COLUMNS[m] for m in TESTED)]
-    return "\n## Differences on test\n\n" + _markdown(columns, rows), lines
+    return "\n## Differences on test\n\n" + as_table(columns, rows), lines
 
 
 def _equal_rollouts(one: Compared) -> tuple[str, Lines]:
@@ -135,13 +97,13 @@ def _equal_rollouts(one: Compared) -> tuple[str, Lines]:
         seconds = fmean(curve[-1]["seconds"] for curve in one.curves(method))
         rate = ends[method] / seconds
         rows.append([one.label(method), f"{ends[method]:.0f}", f"{rate:.1f}",
-                     *(_mean_and_spread(at[m]) for m in COLUMNS)])  # fmt: skip
+                     *(mean_and_spread(at[m]) for m in COLUMNS)])  # fmt: skip
         for m in COLUMNS:
             lines.append({"table": "equal rollouts", "system": one.label(method), "episodes": equal, "metric": m,
                           "mean": fmean(at[m]), "seeds": at[m], "episodes_in_all": ends[method]})  # fmt: skip
     title = f"\n## Validation at equal rollouts: {equal:.0f} episodes sampled\n\n"
     columns = ["system", "episodes in all", "episodes a second", *COLUMNS.values()]
-    return title + _markdown(columns, rows), lines
+    return title + as_table(columns, rows), lines
 
 
 def _tuning_table(one: Compared) -> tuple[str, Lines]:
@@ -158,7 +120,7 @@ def _tuning_table(one: Compared) -> tuple[str, Lines]:
     if not rows:
         return "", []
     columns = ["method", "learning rate", "best validation reward", "final", ""]
-    return "\n## Tuning, one seed that is not among those compared\n\n" + _markdown(columns, rows), lines
+    return "\n## Tuning, one seed that is not among those compared\n\n" + as_table(columns, rows), lines
 
 
 def _at(curve: Sequence[Mapping[str, float]], episodes: float, metric: str) -> float:
@@ -171,15 +133,6 @@ def _line(system: str, checkpoint: str, metric: str, seeds: Sequence[float], **m
             "std": spread, "seeds": list(seeds), **more}  # fmt: skip
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def _interval(values: np.ndarray) -> str:
     low, high = interval(values)
     return f"{low:.1f}, {high:.1f}"
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
