@@ -15,7 +15,7 @@ from lmdqn.learn.continuation import Continuation, kept_model, read_continuation
 from lmdqn.learn.launch import sharding_of_launch
 from lmdqn.learn.processes import Processes
 from lmdqn.model.loading import LoadedModel, load_model
-from lmdqn.model.qnetwork import Networks
+from lmdqn.model.networks import Networks
 from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import DataSection, Recipe, differing_keys, load_recipe
 from lmdqn.results.run_folder import RunFolder

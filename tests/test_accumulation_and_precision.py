@@ -14,7 +14,8 @@ from lmdqn.learn.optimisation import Optimiser
 from lmdqn.learn.targets import continuing, lambda_targets
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
-from lmdqn.model.qnetwork import Networks, ValueHead, trained_parameters
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import ValueHead, trained_parameters
 from lmdqn.recipe import QLearningSection, validate
 
 BETA = 0.02

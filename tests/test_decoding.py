@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch
 from lmdqn.model.decoding import best_by_value, respond
 from lmdqn.model.loading import LoadedModel, load_model
-from lmdqn.model.qnetwork import Networks, StateOutputs
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import StateOutputs
 from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import DecodingSection, validate
 from tests.conftest import Ran

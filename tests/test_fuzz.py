@@ -77,7 +77,7 @@ def call(command: str, folder: Path, *words: str) -> tuple[int, str]:
         contextlib.chdir(folder),
         contextlib.redirect_stderr(told),
         contextlib.redirect_stdout(io.StringIO()),
-        patch("lmdqn.pipeline._Run.begin", side_effect=UserError("all is sound")),
+        patch("lmdqn.pipeline.Run.begin", side_effect=UserError("all is sound")),
     ):
         arguments, sys.argv = sys.argv, ["lmdqn", command, "recipe.yaml", *words]
         try:

@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 from lmdqn.episodes import Episode, Example, make_batch
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
-from lmdqn.model.qnetwork import Networks, over_vocabulary, response_log_probs
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import over_vocabulary, response_log_probs
 from lmdqn.model.rollout import Rollout, Sampler, measure_log_probs
 from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import validate

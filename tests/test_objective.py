@@ -12,7 +12,8 @@ from lmdqn.learn.objective import Learnt, loss_terms
 from lmdqn.learn.objective import q_loss as loss_of_networks
 from lmdqn.learn.step_record import rollout_record
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks, StateOutputs
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import StateOutputs
 from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import QLearningSection
 from lmdqn.text.rewards import centre

@@ -55,6 +55,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.learn.replay",
         "lmdqn.learn.match_features",
         "lmdqn.model.qnetwork",
+        "lmdqn.model.networks",
     ],
     ["lmdqn.model.rollout", "lmdqn.model.decoding", "lmdqn.results.trackers", "lmdqn.results.tracking"],
     ["lmdqn.results.evaluate", "lmdqn.results.significance", "lmdqn.results.environment", "lmdqn.results.run_folder"],
@@ -74,8 +75,8 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
     ["lmdqn.results.page", "lmdqn.results.plots", "lmdqn.results.browser"],
     ["lmdqn.results.calibration", "lmdqn.results.report", "lmdqn.results.compare"],
     ["lmdqn.results.inspection", "lmdqn.results.inspection_view", "lmdqn.chat"],
-    ["lmdqn.learn.warm_start", "lmdqn.learn.collector", "lmdqn.learn.trainer"],
-    ["lmdqn.preparation", "lmdqn.pipeline", "lmdqn.quickstart"],
+    ["lmdqn.learn.warm_start", "lmdqn.learn.collector", "lmdqn.learn.updater", "lmdqn.learn.trainer"],
+    ["lmdqn.preparation", "lmdqn.run", "lmdqn.pipeline", "lmdqn.quickstart"],
     [
         "lmdqn.cli.common",
         "lmdqn.cli.training",
@@ -136,7 +137,7 @@ def test_pure_modules_know_no_files_and_no_transformers() -> None:
 
 def test_files_are_read_in_one_sitting() -> None:
     for name, file in modules().items():
-        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, name
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 320, name
 
 
 def test_importing_lmdqn_imports_nothing_heavy() -> None:

@@ -16,13 +16,13 @@ from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError
 from lmdqn.learn.collector import Collector
 from lmdqn.learn.prompt_draw import ExampleWalk
-from lmdqn.pipeline import _samples
 from lmdqn.recipe import RewardSection, TaskSection, dump_recipe, load_recipe, recipe_schema, validate
 from lmdqn.results.evaluate import score_responses, score_tasks
 from lmdqn.results.model_card import Published, model_card, snippet
 from lmdqn.results.run_folder import RunFolder
 from lmdqn.results.significance import paired_significance
 from lmdqn.results.tracking import Tracker
+from lmdqn.run import _samples
 from lmdqn.text.rewards import Reward, TaskRewards
 from tests.conftest import Ran
 from tests.runs import Listening, write_splits

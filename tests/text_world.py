@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lmdqn.episodes import Episode, Example, SequenceFormat
 from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks, QNetwork
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import QNetwork
 from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import Recipe, validate
 from lmdqn.results.tracking import Tracker
@@ -218,7 +219,7 @@ def learn(world: World, recipe: Recipe, log: Sequence[Sequence[int]], start: Ten
     trainer = trainer_of(world, recipe, start)
     trainer.replay.add([[world.episode(ids) for ids in log]])
     for _ in range(recipe.qlearning.max_steps):
-        trainer.update()
+        trainer.updater.update(trainer.budget.progress(trainer.step + 1), trainer.exploration)
         trainer.step += 1
     return trainer
 

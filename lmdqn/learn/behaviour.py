@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lmdqn.episodes import Batch
-from lmdqn.model.qnetwork import Networks, over_vocabulary
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import over_vocabulary
 
 SHARPEST, GRID = 2.0, 40  # b is tried from 0 to SHARPEST / beta, in GRID steps
 

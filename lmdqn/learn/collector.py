@@ -16,7 +16,8 @@ from lmdqn.learn.processes import Processes
 from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.learn.replay import Group
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks, QNetwork
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import QNetwork
 from lmdqn.model.rollout import LogProbs, Rollout, measure_log_probs
 from lmdqn.recipe import Recipe
 from lmdqn.text.rewards import TaskRewards, centre

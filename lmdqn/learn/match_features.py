@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmdqn.episodes import MATCH_FEATURES, Episode
+from lmdqn.episodes import MATCH_FEATURES, Batch, Episode
 
 LONGEST_NGRAM = 4
 KEPT_REFERENCES = 4096  # sets of references whose n-grams are kept
@@ -34,6 +34,25 @@ def measure_matches(episodes: Sequence[Episode]) -> None:
     for episode in with_references:
         episode.match_features = _features(episode.response_ids, episode.example.reference_ids)
         assert episode.match_features.shape[1] == MATCH_FEATURES
+
+
+def feature_moments(batches: Sequence[Batch]) -> Tensor:
+    """What the value head is shown in these states: how many know each feature, its sum and its squares' sum.
+
+    (3, VALUE_FEATURES) float64 on the CPU; those of several processes add up.
+    """
+    seen = torch.cat([batch.value_features[batch.state_mask] for batch in batches]).double()  # (N, F)
+    known = seen.isfinite()
+    seen = seen.where(known, 0.0)
+    return torch.stack([known.sum(0), seen.sum(0), (seen**2).sum(0)]).cpu()
+
+
+def mean_and_deviation(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Each feature's mean and standard deviation, (F,) float32, from `feature_moments` (3, F)."""
+    count, total, squares = moments
+    mean = total / count.clamp(min=1)
+    variance = squares / count.clamp(min=1) - mean**2
+    return mean.float(), variance.clamp(min=0).sqrt().float()
 
 
 def _features(response: Sequence[int], references: tuple[tuple[int, ...], ...]) -> Tensor:

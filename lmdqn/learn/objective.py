@@ -17,7 +17,8 @@ from lmdqn.learn.targets import (
     n_step_targets,
 )
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks, response_log_probs
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import response_log_probs
 from lmdqn.model.vocabulary import value_of
 from lmdqn.recipe import QLearningSection
 

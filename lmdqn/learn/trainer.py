@@ -1,15 +1,13 @@
 """The Q-learning phase: roll out, score, replay, update, track. Someone who knows DQN should know it at a glance."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from lmdqn.episodes import Batch, Episode, Example, make_batch, micro_batches, shortest_episode
+from lmdqn.episodes import Example, make_batch, micro_batches
 from lmdqn.errors import NotFinite
 from lmdqn.learn.behaviour import fit_sharpness
 from lmdqn.learn.budget import Budget
@@ -17,20 +15,14 @@ from lmdqn.learn.checkpoint import AfterStep
 from lmdqn.learn.collector import Collector
 from lmdqn.learn.continuation import Continuation
 from lmdqn.learn.guards import Guards
-from lmdqn.learn.objective import Learnt, loss_terms, q_loss
-from lmdqn.learn.optimisation import Optimiser, Skips, rate_factor
-from lmdqn.learn.processes import Processes, deal
-from lmdqn.learn.replay import Draw, Group, Replay
-from lmdqn.learn.step_record import (
-    Update,
-    for_the_record,
-    residuals_of_groups,
-    rollout_record,
-    update_record,
-    whole_update,
-)
+from lmdqn.learn.optimisation import Optimiser, Skips
+from lmdqn.learn.processes import Processes
+from lmdqn.learn.replay import Group, Replay
+from lmdqn.learn.step_record import Update, rollout_record, update_record
+from lmdqn.learn.updater import Updater
 from lmdqn.model.exploration import Exploration, exploration_at
-from lmdqn.model.qnetwork import Networks, trained_parameters
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import trained_parameters
 from lmdqn.model.rollout import Rollout
 from lmdqn.recipe import Recipe
 from lmdqn.results.calibration import Calibration
@@ -86,13 +78,13 @@ class Trainer:
     collector: Collector = field(init=False)
     replay: Replay = field(init=False)
     optimiser: Optimiser = field(init=False)
+    updater: Updater = field(init=False)
     skips: Skips = field(init=False)
     guards: Guards = field(init=False)
     generators: Generators = field(init=False)
     budget: Budget = field(init=False)
     calibration: Calibration = field(init=False)
     step: int = field(init=False, default=0)
-    updates: int = field(init=False, default=0)
     best: float | None = field(init=False, default=None)  # validation so far; None before the first
     checks_without_better: int = field(init=False, default=0)
 
@@ -125,6 +117,17 @@ class Trainer:
             self.generators.prompts,
         )
         self.collector.groups_made = len(self.log)  # the log's groups have the numbers before
+        self.updater = Updater(
+            self.recipe,
+            self.networks,
+            self.replay,
+            self.collector,
+            self.optimiser,
+            self.processes,
+            self.generators.replay,
+            self.rollout.layout,
+            self.examples,
+        )
         self._start_clock(0.0)
         self.calibration = Calibration(self.recipe.qlearning)
         online.eval()  # no dropout: rollouts and updates must see the same policy
@@ -172,7 +175,7 @@ class Trainer:
         try:
             groups = self._roll_out()
             count = self.recipe.replay.updates_per_rollout if self._may_learn else 0
-            updates = [self.update() for _ in range(count)]
+            updates = [self.updater.update(self.budget.progress(self.step + 1), self.exploration) for _ in range(count)]
         except NotFinite as problem:
             self.step += 1
             self.skips.note(problem)
@@ -231,7 +234,7 @@ class Trainer:
         everywhere = self.collector.exchange(list(self.replay.episodes()))
         return {
             "step": self.step,
-            "updates": self.updates,
+            "updates": self.updater.updates,
             "seconds": self.budget.seconds,
             "best": self.best,
             "checks_without_better": self.checks_without_better,
@@ -241,7 +244,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` gave."""
-        self.step, self.updates = state["step"], state["updates"]
+        self.step, self.updater.updates = state["step"], state["updates"]
         self.best, self.checks_without_better = state["best"], state["checks_without_better"]
         for part in (*_PARTS, "replay"):
             getattr(self, part).restore(state[part])
@@ -262,75 +265,6 @@ class Trainer:
     def exploration(self) -> Exploration:
         """How this step's rollout explores."""
         return exploration_at(self.recipe.rollout, self.step)
-
-    @cached_property
-    def _idle(self) -> Batch:
-        layout = self.rollout.layout
-        return make_batch([shortest_episode(self.examples, layout)], layout).to(self.networks.online.device)
-
-    def update(self) -> Update:
-        """One update of the online network on a batch from the replay, then of the target network."""
-        recipe = self.recipe
-        progress = self.budget.progress(self.step + 1)
-        first = recipe.replay.priority_correction
-        correction = first + progress * (1 - first)  # to 1, as the policy settles
-        layout, device = self.rollout.layout, self.networks.online.device
-        episodes = self._dealt(self.replay.draw(recipe.replay.batch_groups, self.generators.replay, correction))
-        parts = micro_batches(episodes, layout, recipe.optimisation.micro_batch_tokens)
-        batches = [make_batch(part, layout).to(device) for part in parts]
-        if recipe.qlearning.value_sees_references and not self.networks.online.value_head.is_standardised:
-            self._standardise(batches)
-        terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
-        learnt: list[Learnt] = []
-
-        def loss_of(batch: Batch) -> torch.Tensor:
-            learnt.append(q_loss(batch, self.networks, recipe.qlearning, self.exploration))
-            return learnt[-1].loss / terms
-
-        optimisation = recipe.optimisation
-        warmup = optimisation.warmup_steps / max(1, recipe.qlearning.max_steps)
-        factor = rate_factor(optimisation.schedule, progress, warmup)
-        try:
-            norm = self.optimiser.update(batches, loss_of, factor, self._idle)
-        except NotFinite as problem:
-            problem.episodes = [e for share in self.processes.together(lambda: episodes) for e in share]
-            raise
-        self.updates += 1
-        self.networks.track(self.updates, recipe.qlearning.target_polyak, recipe.qlearning.target_copy_every)
-        reset_every = recipe.qlearning.reference_reset_every
-        if reset_every is not None and self.updates % reset_every == 0:
-            self.networks.reset_reference()
-            self.replay.forget_reference()
-        mine = Update(parts, batches, learnt[: len(batches)], terms, norm)
-        update = whole_update(self.processes.together(lambda: for_the_record(mine)))
-        self.replay.learnt_from(residuals_of_groups(update))
-        return update
-
-    def _dealt(self, draws: Sequence[Draw]) -> list[Episode]:
-        """This process's share of a batch, measured: groups are dealt out whole, and come from where they are held."""
-        times = Counter(draw.number for draw in draws)
-        mine = deal(list(times), self.processes.count)[self.processes.rank]
-        logged = len(self.log)
-        here = {d.number: d.group for d in draws if d.group is not None and (d.number in mine or d.number >= logged)}
-        self.collector.measure([episode for group in here.values() for episode in group])
-        self.replay.keep_measured(here.values())
-        moving = [episode for number, group in here.items() if number not in mine for episode in group]
-        here |= self.collector.exchange(moving)
-        for draw in draws:
-            for episode in here.get(draw.number, ()):
-                episode.weight = draw.weight
-        return [episode for number in mine for episode in here[number] * times[number]]
-
-    def _standardise(self, batches: Sequence[Batch]) -> None:
-        """Measure what the value head sees by its mean and spread over the first batch, of all processes."""
-        seen = torch.cat([batch.value_features[batch.state_mask] for batch in batches]).double()  # (N, F)
-        known = seen.isfinite()
-        seen = seen.where(known, 0.0)
-        moments = self.processes.together(lambda: torch.stack([known.sum(0), seen.sum(0), (seen**2).sum(0)]).cpu())
-        count, total, squares = torch.stack(moments).sum(0)
-        mean = total / count.clamp(min=1)
-        variance = squares / count.clamp(min=1) - mean**2
-        self.networks.standardise(mean.float(), variance.clamp(min=0).sqrt().float())
 
     def _start_clock(self, already_s: float) -> None:
         self.budget = Budget(

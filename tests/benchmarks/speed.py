@@ -138,7 +138,8 @@ def _update_against_trainer(loaded: Any, rows: list[dict[str, Any]]) -> tuple[Ca
     from lmdqn.learn.objective import loss_terms, q_loss
     from lmdqn.learn.optimisation import Optimiser
     from lmdqn.model.exploration import Exploration
-    from lmdqn.model.qnetwork import Networks, trained_parameters
+    from lmdqn.model.networks import Networks
+    from lmdqn.model.qnetwork import trained_parameters
     from lmdqn.model.rollout import measure_log_probs
     from lmdqn.recipe import QLearningSection
 
@@ -233,7 +234,7 @@ def print_peak(kind: str) -> None:
     from lmdqn.learn.objective import q_loss
     from lmdqn.model.exploration import Exploration
     from lmdqn.model.loading import LoadedModel
-    from lmdqn.model.qnetwork import Networks
+    from lmdqn.model.networks import Networks
     from lmdqn.recipe import QLearningSection
 
     config = Qwen2Config(
@@ -262,7 +263,8 @@ def print_peak(kind: str) -> None:
 
 def adapters(data: Path, repeats: int) -> Iterator[Line]:
     """Bytes of target and reference beside the online network under LoRA."""
-    from lmdqn.model.qnetwork import Networks, trained_parameters
+    from lmdqn.model.networks import Networks
+    from lmdqn.model.qnetwork import trained_parameters
 
     texts = [text for row in pairs(data, 500, 1) for text in (row["source"], *row["references"])]
     loaded = loaded_model(texts, 512, 8, 8000, lora=True)
@@ -430,7 +432,7 @@ def growth(data: Path, repeats: int) -> Iterator[Line]:
     from lmdqn.episodes import Episode, Example, make_batch
     from lmdqn.learn.objective import q_loss
     from lmdqn.model.exploration import Exploration
-    from lmdqn.model.qnetwork import Networks
+    from lmdqn.model.networks import Networks
     from lmdqn.recipe import QLearningSection
 
     texts = [text for row in pairs(data, 2000, 1) for text in (row["source"], *row["references"])]

@@ -13,7 +13,7 @@ from lmdqn.learn.match_features import measure_matches
 from lmdqn.learn.objective import q_loss
 from lmdqn.learn.replay import Group, Replay
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks
+from lmdqn.model.networks import Networks
 from lmdqn.recipe import QLearningSection, ReplaySection
 
 SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of a response

@@ -12,7 +12,8 @@ from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make
 from lmdqn.learn.optimisation import Optimiser, rate_factor
 from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.qnetwork import Networks, QNetwork, response_log_probs, trained_parameters
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import QNetwork, response_log_probs, trained_parameters
 from lmdqn.recipe import Recipe
 from lmdqn.results.tracking import Tracker
 from lmdqn.text.rewards import TaskRewards

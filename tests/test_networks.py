@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lmdqn.episodes import VALUE_FEATURES, Batch, Episode, Example, make_batch
 from lmdqn.model.loading import LoadedModel, load_model, load_trained
-from lmdqn.model.qnetwork import Networks, over_vocabulary, trained_parameters
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import over_vocabulary, trained_parameters
 from lmdqn.recipe import Lora, ModelSection, OutputSection, validate
 from lmdqn.results.run_folder import RunFolder
 
