@@ -143,6 +143,10 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
             ["qlearning.importance=token", "replay.demonstrations"],
         ),
         (["rollout.epsilon_start=0.5"], ["rollout.epsilon_start", "rollout.epsilon_greedy=true"]),
+        (
+            ["rollout.epsilon_greedy=true", "rollout.temperature=0.7"],
+            ["rollout.temperature=0.7", "rollout.epsilon_greedy=true", "temperature=1", "epsilon_greedy=false"],
+        ),
         (["offline={path: x}", "replay.demonstrations=1"], ["replay.demonstrations", "offline.rounds=0"]),
         (["replay.sampling=prioritised"], ["replay.sampling=prioritised", "replay.fresh_share"]),
         (["replay.learning_starts_episodes=5000"], ["replay.learning_starts_episodes", "replay.capacity_episodes"]),
@@ -175,6 +179,7 @@ def test_impossible_pair_is_named(write_recipe: WriteRecipe, overrides: list[str
         ["qlearning.form=classic", "qlearning.backup=soft", "qlearning.trace=0.5"],
         ["rollout.samples=1", "qlearning.baseline=none", "qlearning.loss=path", "qlearning.path_value=network"],
         ["data.chat=true", "data.system=Be brief."],
+        ["rollout.epsilon_greedy=true", "rollout.epsilon_start=0.5", "rollout.temperature=1"],
         [*PRETRAINED, "model.lora.rank=4"],
     ],
 )

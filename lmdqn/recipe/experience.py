@@ -36,6 +36,12 @@ class RolloutSection(Section):
         for name in ("epsilon_start", "epsilon_end"):
             if getattr(self, name) and not self.epsilon_greedy:
                 raise ValueError(f"rollout.{name} is of epsilon-greedy exploration: set rollout.epsilon_greedy=true")
+        if self.epsilon_greedy and self.temperature != 1:
+            raise ValueError(
+                f"rollout.temperature={self.temperature:g} is of Boltzmann exploration, and "
+                "rollout.epsilon_greedy=true takes the likeliest token or any at random: set temperature=1, or "
+                "epsilon_greedy=false"
+            )
         return self
 
 
