@@ -396,7 +396,7 @@ def said_by_a_process(arguments: list[object], **environment: str) -> str:
         env={**os.environ, "PYTHONPATH": str(Path(lmdqn.__file__).parents[1]), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 2

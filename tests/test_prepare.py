@@ -218,7 +218,7 @@ def test_a_hub_out_of_reach_is_one_sentence(tmp_path: Path) -> None:
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2

@@ -103,7 +103,7 @@ def push(command_line: CommandLine) -> Callable[..., Any]:
 
 def in_a_fresh_process(code: str, folder: Path) -> str:
     """What the code prints, run in a folder by a Python that was never here."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=folder)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -150,7 +150,7 @@ def test_an_adapter_and_its_merge_come_back(hub: Hub, run: Path, push: CommandLi
     model = {"name": "jane/base", "lora": {"rank": 4, "alpha": 16}}
     recipe = write_recipe(tmp_path, model=model)
     done = subprocess.run(
-        [sys.executable, "-m", "lmdqn", "train", str(recipe)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "lmdqn", "train", str(recipe)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     adapted = tmp_path / "run"

@@ -361,7 +361,7 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=300)
     assert process.returncode == code, told
     last = told.strip().splitlines()[-1]
     assert last.startswith(f"lmdqn: stopped by {signal.Signals(number).name} after dqn step ")
@@ -371,7 +371,7 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(
         [*command[:4], f"{run.output.dir}/recipe.yaml", f"qlearning.max_steps={step + 1}", "--resume"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
