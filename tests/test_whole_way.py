@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lmdqn
 from lmdqn.recipe import load_recipe
 from lmdqn.results.tracking import LOGGED
+from tests.conftest import Ran
 from tests.runs import Rows, write_splits
 
 ANIMALS = ("cat", "dog", "cow", "hen", "fox", "owl")
 PLACES = ("barn", "yard", "wood", "lake", "hill")
 Changes = dict[str, object]
+Train = Callable[..., dict[str, dict[str, dict[str, float]]]]
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 48, "n_head": 4, "n_positions": 64},
     "t5": {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
@@ -72,17 +75,24 @@ def write_recipe(folder: Path, data: Path, family: str = "gpt2", **changes: Chan
     return recipe
 
 
-def train(recipe: Path, *overrides: str) -> dict[str, dict[str, dict[str, float]]]:
-    done = lmdqn_command("train", str(recipe), *overrides)
-    assert done.returncode == 0, done.stderr
-    return json.loads((recipe.parent / "run" / "results.json").read_text(encoding="utf-8"))
+@pytest.fixture
+def train(command_line: Callable[..., Ran]) -> Train:
+    """`train(recipe, override, ...)` from the command line in this process; gives `results.json`."""
+
+    def run(recipe: Path, *overrides: str) -> dict[str, dict[str, dict[str, float]]]:
+        done = command_line("train", recipe, *overrides)
+        assert done.code == 0, done.err
+        return json.loads((recipe.parent / "run" / "results.json").read_text(encoding="utf-8"))
+
+    return run
 
 
 @pytest.fixture(scope="session")
 def causal_run(farm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished causal run that later tests look at."""
     recipe = write_recipe(tmp_path_factory.mktemp("causal"), farm)
-    train(recipe)
+    done = lmdqn_command("train", str(recipe))
+    assert done.returncode == 0, done.stderr
     return recipe.parent / "run"
 
 
@@ -103,7 +113,7 @@ KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
         "gpt2",
         {"replay": {"fresh_share": 0.5, "updates_per_rollout": 2, "demonstrations": 1}, "qlearning": {"max_steps": 25}},
     ),
-    "hard target copies, Huber, no MLE": (
+    "hard target copies, Huber": (
         "gpt2",
         {
             "qlearning": {"target_polyak": None, "target_copy_every": 5, "huber_delta": 10.0, "max_steps": 60},
@@ -114,13 +124,15 @@ KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_beats_its_start(kind: str, farm: Path, tmp_path: Path) -> None:
+def test_each_kind_beats_its_start(kind: str, farm: Path, train: Train, tmp_path: Path) -> None:
     family, changes = KINDS[kind]
     test = train(write_recipe(tmp_path, farm, family, **changes))["test"]
     assert test["dqn"]["reward"] > test["mle"]["reward"]
 
 
-def test_lora_on_a_saved_model_beats_its_start(farm: Path, causal_run: Path, tmp_path: Path) -> None:
+def test_lora_on_a_saved_model_beats_its_start(
+    farm: Path, causal_run: Path, train: Train, command_line: Callable[..., Ran], tmp_path: Path
+) -> None:
     """Its start is a whole run's result, saved and loaded again; a reward of one's own gives it something to learn."""
     reward = tmp_path / "taste.py"
     reward.write_text("def short(responses, references, sources):\n    return [-len(r) / 50 for r in responses]\n")
@@ -136,12 +148,12 @@ def test_lora_on_a_saved_model_beats_its_start(farm: Path, causal_run: Path, tmp
     assert set(results["test"]) == {"start", "dqn"}
     assert results["test"]["dqn"]["reward"] > results["test"]["start"]["reward"]
     assert (tmp_path / "run" / "model" / "adapter_config.json").exists()
-    shown = lmdqn_command("generate", str(tmp_path / "run"), "--source", "cat barn")
-    assert shown.returncode == 0
-    assert len(shown.stdout.splitlines()) == 1
+    shown = command_line("generate", tmp_path / "run", "--source", "cat barn")
+    assert shown.code == 0
+    assert len(shown.out.splitlines()) == 1
 
 
-def test_the_classic_form_and_epsilon_greedy_run(farm: Path, tmp_path: Path) -> None:
+def test_the_classic_form_and_epsilon_greedy_run(farm: Path, train: Train, tmp_path: Path) -> None:
     """The baseline to beat: it need not learn."""
     changes: dict[str, Changes] = {
         "qlearning": {"form": "classic", "max_steps": 5},
@@ -154,7 +166,7 @@ def test_the_classic_form_and_epsilon_greedy_run(farm: Path, tmp_path: Path) -> 
     assert epsilons == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
 
 
-def test_a_target_of_16_bits_learns_and_is_what_ships(farm: Path, tmp_path: Path) -> None:
+def test_a_target_of_16_bits_learns_and_is_what_ships(farm: Path, train: Train, tmp_path: Path) -> None:
     settings: Changes = {"target_dtype": "bfloat16", "target_polyak": None, "target_copy_every": 5, "max_steps": 30}
     test = train(write_recipe(tmp_path, farm, qlearning=settings))["test"]
     assert test["dqn"]["reward"] > test["mle"]["reward"]
@@ -204,19 +216,19 @@ def test_the_model_gives_its_recorded_predictions_in_plain_transformers(causal_r
         assert tokenizer.decode(output, skip_special_tokens=True).strip() == prediction["dqn"]
 
 
-def test_evaluate_repeats_the_runs_numbers(causal_run: Path, tmp_path: Path) -> None:
-    done = lmdqn_command("evaluate", str(causal_run), "--output", str(tmp_path / "scores.json"))
-    assert done.returncode == 0, done.stderr
+def test_evaluate_repeats_the_runs_numbers(causal_run: Path, command_line: Callable[..., Ran], tmp_path: Path) -> None:
+    done = command_line("evaluate", causal_run, "--output", tmp_path / "scores.json")
+    assert done.code == 0, done.err
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["metrics"]
     results = json.loads((causal_run / "results.json").read_text(encoding="utf-8"))
     assert scores == pytest.approx(results["test"]["dqn"], abs=1e-3)
 
 
-def test_an_existing_run_is_never_overwritten_untold(causal_run: Path) -> None:
+def test_an_existing_run_is_never_overwritten_untold(causal_run: Path, command_line: Callable[..., Ran]) -> None:
     before = {file: file.stat().st_mtime_ns for file in causal_run.rglob("*")}
-    done = lmdqn_command("train", str(causal_run.parent / "recipe.yaml"))
-    assert done.returncode == 2
-    assert "already holds a run" in done.stderr
+    done = command_line("train", causal_run.parent / "recipe.yaml")
+    assert done.code == 2
+    assert "already holds a run" in done.err
     assert before == {file: file.stat().st_mtime_ns for file in causal_run.rglob("*")}
 
 
