@@ -63,6 +63,7 @@ KINDS: dict[str, Changes] = {
     # now and then a gradient is not finite, in one process or both
     "skips": {"reward": {"mix": {"REWARD:score": 1}}, "qlearning": {"max_steps": 6}, "replay": {"fresh_share": 1.0}},
 }
+STOPPED = ("causal", "lora", "seq2seq", "offline")
 REWARD = """
 def score(responses, references, sources):
     return [1e300 * len(r) if "three" in s else len(set(r)) / 9 for r, s in zip(responses, sources)]
@@ -202,36 +203,35 @@ def longest(run: Path, prompts: int, processes: int) -> list[list[int]]:
     return list(found.values())
 
 
-def test_kinds_of_runs_in_two_processes(runs: Runs) -> None:
-    """LoRA, seq2seq, a log, small pieces; and one that was stopped and went on.
+@pytest.fixture(scope="module")
+def in_two(runs: Runs) -> Path:
+    """What two processes did: `straight` of every kind, and `stopped` at the second step and begun again."""
+    runs.alone("causal")
+    straight = [str(runs.write("straight", kind)) for kind in KINDS]
+    stopped = [f"{runs.write('stopped', kind)}@2" for kind in STOPPED]
+    told, _ = finish(launch(2, "tests.several_runs", *straight, *stopped))
+    assert told.count("was stopped") == 2 * len(STOPPED)
+    return runs.folder
+
+
+def test_kinds_of_runs_in_two_processes(runs: Runs, in_two: Path) -> None:
+    """LoRA, seq2seq, a log, small pieces.
 
     Five prompts between two: shares differ in size, and responses in length, for which nobody waits.
     """
-    runs.alone("causal")
-    recipes = {kind: runs.write("kinds", kind) for kind in KINDS}
-    words = [f"{recipe}@2" if kind == "causal" else str(recipe) for kind, recipe in recipes.items()]
-    told, _ = finish(launch(2, "tests.several_runs", *words))
-    assert "was stopped" in told
-    for kind, recipe in recipes.items():
-        assert_close(runs.alone(kind), recipe.parent / "run")
-    assert_the_target_moves_by_copies(recipes["in pieces"].parent / "run")
-    assert_some_steps_are_skipped(recipes["skips"].parent / "run")
-    run = recipes["causal"].parent / "run"
+    for kind in KINDS:
+        assert_close(runs.alone(kind), in_two / "straight" / kind / "run")
+    assert_the_target_moves_by_copies(in_two / "straight" / "in pieces" / "run")
+    assert_some_steps_are_skipped(in_two / "straight" / "skips" / "run")
+    run = in_two / "straight" / "causal" / "run"
     assert len(replay(run)) == 4 * 5 * (2 + 1)
     assert any(one != other for one, other in longest(run, prompts=5, processes=2))
 
 
-def test_two_processes_go_on_bit_for_bit(runs: Runs) -> None:
-    """Stopped at its second step and begun again, a run is to the bit that of two processes that never stopped."""
-    runs.alone("causal")
-    kinds = ("causal", "lora", "seq2seq", "offline")
-    straight, stopped = ({kind: runs.write(where, kind) for kind in kinds} for where in ("straight", "stopped"))
-    told, _ = finish(
-        launch(2, "tests.several_runs", *map(str, straight.values()), *(f"{recipe}@2" for recipe in stopped.values()))
-    )
-    assert told.count("was stopped") == 2 * len(kinds)
-    for kind in kinds:
-        one, other = contents(straight[kind].parent / "run"), contents(stopped[kind].parent / "run")
+def test_two_processes_go_on_bit_for_bit(in_two: Path) -> None:
+    """A run that was stopped and went on is to the bit that of two processes that never stopped."""
+    for kind in STOPPED:
+        one, other = (contents(in_two / which / kind / "run") for which in ("straight", "stopped"))
         for name, content in one.items():
             if not name.startswith("checkpoints"):  # the stop made one more
                 assert content == other[name], (kind, name)

@@ -19,6 +19,7 @@ from lmdqn.episodes import Example
 from lmdqn.errors import Stopped, UserError
 from lmdqn.learn.checkpoint import Checkpoints
 from lmdqn.recipe import dump_recipe, load_recipe, validate
+from tests.conftest import Ran
 from tests.runs import Listening, contents
 from tests.several_runs import StopAt
 
@@ -346,7 +347,7 @@ def test_a_folder_that_is_no_run_is_refused(recipe: Callable[..., lmdqn.Recipe],
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_and_tells_how_to_go_on(
-    number: int, code: int, recipe: Callable[..., lmdqn.Recipe], tmp_path: Path
+    number: int, code: int, recipe: Callable[..., lmdqn.Recipe], command_line: Callable[..., Ran], tmp_path: Path
 ) -> None:
     """The reward takes its time, so that the signal falls into a step."""
     (tmp_path / "slow.py").write_text(
@@ -367,12 +368,7 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(
     assert last.startswith(f"lmdqn: stopped by {signal.Signals(number).name} after dqn step ")
     assert last.endswith(f"lmdqn train {run.output.dir}/recipe.yaml --resume")
     step = int(last.split("step ")[1].split(";")[0])
-    done = subprocess.run(
-        [*command[:4], f"{run.output.dir}/recipe.yaml", f"qlearning.max_steps={step + 1}", "--resume"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = command_line("train", f"{run.output.dir}/recipe.yaml", f"qlearning.max_steps={step + 1}", "--resume")
+    assert done.code == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["phase"] == "dqn"] == list(range(step + 2))
