@@ -28,7 +28,7 @@ TINY_MODEL = (
     "num_key_value_heads: 2, intermediate_size: 48, max_position_embeddings: 512}"
 )
 TINY_T5 = "model.from_scratch.config={d_model: 32, d_kv: 16, d_ff: 32, num_layers: 1, num_heads: 2}"
-SHORT = ["warm_start.epochs=1", "warm_start.max_seconds=2", "qlearning.max_seconds=2", "data.max_response_tokens=16"]
+SHORT = ["warm_start.epochs=1", "warm_start.max_seconds=2", "qlearning.max_steps=5", "data.max_response_tokens=16"]
 SMALL = ["data.limits={train: 40, validation: 5, test: 12}"]
 
 

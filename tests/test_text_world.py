@@ -126,7 +126,7 @@ def test_path_consistency_reaches_the_soft_optimal_policy(form: str, path_value:
     settings = {"form": form, "loss": "path", "path_value": path_value, "gamma": gamma, "target_polyak": 0.3}
     q = WORLD.optimum(soft, gamma)
     optimal = (LOG_PRIOR + q / BETA).log_softmax(-1)
-    trainer = learn(WORLD, world_recipe(600, qlearning=settings), WORLD.responses)
+    trainer = learn(WORLD, world_recipe(300, qlearning=settings), WORLD.responses)
     assert (learnt_log_policy(trainer) - optimal)[LIVE].abs().max() < 0.05
     if path_value == "network":
         value = trainer.networks.online.value_head.outer.weight.detach()[0, 0] * BETA
@@ -194,7 +194,7 @@ def test_rollouts_that_join_a_narrow_log_find_what_it_lacks(rounds: int, reaches
     recipe = world_recipe(
         250,
         rollout={"prompts": 8, "samples": 8, "temperature": 3.0},
-        replay={"batch_groups": 100, "fresh_share": 0.0},
+        replay={"batch_groups": 50, "fresh_share": 0.0},
         qlearning={"target_polyak": 0.3},
         offline={**OFFLINE, "rounds": rounds},
         evaluation={"every_steps": 1000},

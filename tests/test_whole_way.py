@@ -103,10 +103,7 @@ def test_causal_full_weights_beats_its_start(causal_run: Path) -> None:
 
 
 KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
-    "seq2seq": (
-        "t5",
-        {"warm_start": {"epochs": 8}, "optimisation": {"learning_rate": 2e-3}, "qlearning": {"max_steps": 60}},
-    ),
+    "seq2seq": ("t5", {"warm_start": {"epochs": 8}, "optimisation": {"learning_rate": 2e-3}}),
     "path residual": ("gpt2", {"qlearning": {"loss": "path"}}),
     "one sample a prompt": ("gpt2", {"rollout": {"prompts": 32, "samples": 1}, "qlearning": {"baseline": "running"}}),
     "replay and demonstrations": (
@@ -116,7 +113,7 @@ KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
     "hard target copies, Huber": (
         "gpt2",
         {
-            "qlearning": {"target_polyak": None, "target_copy_every": 5, "huber_delta": 10.0, "max_steps": 60},
+            "qlearning": {"target_polyak": None, "target_copy_every": 5, "huber_delta": 10.0},
             "replay": {"demonstrations": 2},
         },
     ),
