@@ -307,7 +307,7 @@ def test_groups_are_dealt_evenly_and_mostly_to_who_has_them() -> None:
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
-    """From the command line. The other ends by itself and says why; its checkpoint goes on under FSDP2."""
+    """From the command line. The other ends within a minute and says why; its checkpoint goes on under FSDP2."""
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import time\n\ndef score(responses, references, sources):\n"
@@ -321,7 +321,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) ->
             time.sleep(0.01)
         victim = _workers(processes.pid)[-1]
         os.kill(victim, signal.SIGKILL)
-        _, told = processes.communicate(timeout=300)  # gloo alone would wait for half an hour
+        _, told = processes.communicate(timeout=60)  # gloo alone would wait for half an hour
     assert processes.returncode != 0
     assert "learning in 2 processes" in told
     assert "another process of this run has ended" in told
