@@ -195,6 +195,22 @@ def test_logits_in_chunks_keep_to_their_adapter_even_on_the_head(
         assert (whole - in_chunks).norm() <= 2e-4 * whole.norm()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # tied, and not
+def test_a_chunk_adds_its_gradient_of_the_head_in_place(family: str) -> None:
+    """Of matrices as large as the head, at most two are there at a time: the sum so far, and what is added to it."""
+    loaded = scratch(family)
+    head = loaded.model.get_output_embeddings().weight
+    networks = Networks.build(loaded, beta=0.1, seed=0, chunk_mib=2 * 4 * len(head) / 2**20)
+    assert len(a_batch(loaded).actions) > 4  # chunks enough
+    outputs = networks.online(a_batch(loaded))
+    loss = outputs.over_vocabulary(lambda logits: logits.square().sum(-1)).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss.backward()
+    sums = [e for e in profile.events() if e.name == "aten::add" and e.self_cpu_memory_usage >= head.nbytes]
+    assert head.grad is not None
+    assert not sums
+
+
 def test_what_is_saved_answers_as_the_target_does_and_holds_its_value_head(loaded: LoadedModel, tmp_path: Path) -> None:
     networks = Networks.build(loaded, beta=0.1, seed=0)
     nudge(networks)

@@ -1,7 +1,7 @@
 """A family's own LM head apart from its trunk, so that logits can be made for some states at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class LMHead:
             model.get_output_embeddings().register_forward_pre_hook(keep),
         )
         with torch.no_grad():
-            logits = model(**self._any_inputs(TRIAL_TOKENS), use_cache=False).logits[0]
+            logits = model(**self._any_inputs(TRIAL_TOKENS), use_cache=False).logits.squeeze(0)
         for hook in hooks:
             hook.remove()
         decoder_output, hidden = seen
@@ -66,8 +66,12 @@ class LMHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         stub = self._output_kind(last_hidden_state=hidden[None, :1])
         decoder = self.model.get_decoder()
-        with _forward_replaced(decoder, lambda *_, **__: stub), head_reads(self.model, lambda _: hidden[None]):
-            return self.model(**self._any_inputs(1), use_cache=False).logits[0]
+        with (
+            _forward_replaced(decoder, lambda *_, **__: stub),
+            head_reads(self.model, lambda _: hidden[None]),
+            _gradients_add_in_place(self.model.get_output_embeddings()),
+        ):
+            return self.model(**self._any_inputs(1), use_cache=False).logits.squeeze(0)
 
     def _any_inputs(self, tokens: int) -> dict[str, Any]:
         weight = self.model.get_output_embeddings().weight
@@ -76,6 +80,36 @@ class LMHead:
             return {"input_ids": ids}
         encoded = torch.zeros(1, 1, hidden_size(self.model), device=weight.device, dtype=self.model.dtype)
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "decoder_input_ids": ids}
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear`, but its weight's gradient is a matrix of its own, to which autograd adds the next chunk's in place.
+
+    That of `F.linear` is a view, to which autograd adds by making a third matrix as large as the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return nn.functional.linear(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (hidden, weight) = gradients, ctx.saved_tensors  # (1, n, V); (1, n, H), (V, H)
+        wanted = ctx.needs_input_grad
+        rows, inputs = gradient.flatten(0, -2), hidden.flatten(0, -2).to(gradient.dtype)  # autocast has its own dtype
+        return (
+            (gradient @ weight.to(gradient.dtype)).to(hidden.dtype) if wanted[0] else None,
+            (rows.T @ inputs).to(weight.dtype) if wanted[1] else None,
+            rows.sum(0).to(weight.dtype) if wanted[2] else None,
+        )
+
+
+def _gradients_add_in_place(head: Any) -> AbstractContextManager[None]:
+    """While inside, a plain linear head works by `_Linear`; any other (an adapter, say) as it does."""
+    if type(head) is not nn.Linear:
+        return nullcontext()
+    return _forward_replaced(head, lambda hidden: _Linear.apply(hidden, head.weight, head.bias))
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class QNetwork(nn.Module):
             return (states[:1] if in_chunks or not need_logits else states)[None]
 
         with self.active(), head_reads(self.model, pick_states):
-            logits = self.model(**self._inputs(batch), use_cache=False).logits[0]  # (N, V) or (1, V)
+            logits = self.model(**self._inputs(batch), use_cache=False).logits.squeeze(0)  # (N, V) or (1, V)
         quantiles = self.value_head(seen[0], batch.value_features[batch.state_mask])  # (N, K)
         values, quantiles = quantiles.mean(-1), quantiles if quantiles.shape[-1] > 1 else None
         if not in_chunks:

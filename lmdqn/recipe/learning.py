@@ -33,7 +33,7 @@ class OptimisationSection(Section):
         8192, ge=1, description="padded tokens a forward pass; an update accumulates gradients over as many as it needs"
     )
     vocabulary_chunk_mib: float | None = Field(
-        256,
+        128,
         gt=0,
         description="float32 logits of a forward pass that take more than this come in chunks of this size, made a "
         "second time for the gradient; null: always whole",
