@@ -1,68 +1,63 @@
 """Sentence BLEU and ROUGE at the speed of a corpus, equal bit for bit to what sacrebleu and rouge-score give.
 
-Both libraries count the n-grams of the references again for every response, and split every text by regular
-expressions. Here a word is split once, and the references of a response are laid out once as one row of bits, a bit a
-token: an integer then holds all places where a token or an n-gram stands in any of them, and no n-gram is ever built.
+Both libraries count n-grams in dictionaries, response by response, and split every text by regular expressions. Here a
+word is split once, and a token becomes the bits of the places where it stands in each reference of its response.
+Shifted and intersected, of all responses at once, they are the places of n-grams, and no n-gram is ever built.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from itertools import chain, repeat
-from operator import and_, lshift
+from itertools import chain, count, repeat, zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from sacrebleu.metrics import BLEU
 
 LONGEST_NGRAM = 4
-KEPT_REFERENCES = 4096  # sets of references; some 10 KB each where there are four of 20 words
 KEPT_WORDS = 2**14  # some 300 bytes each
+AT_ONCE = 2**21  # responses together: as many words of bits for each of their characters
+WORD = 64  # bits
+CHARACTERS = 5 * WORD  # of as many tokens, about
 _ALPHANUMERIC = re.compile("[a-z0-9]+")
 
-Places = int  # a set of places in the row of references: those where an n-gram ends
 
+class _Texts(NamedTuple):
+    """N tokens of B responses, those of one after those of another, and their R references, W words of bits each.
 
-class _References(NamedTuple):
-    """The references of a response in one row of bits, one after the other with an empty bit between."""
+    Where responses have differently many references, the others have -1 tokens and stand nowhere.
+    """
 
-    lengths: list[int]  # tokens
-    spans: list[tuple[int, int]]  # first bit of each, and a mask of its length
-    places: dict[str, Places]  # where each token stands
-    everywhere: Places
-    repeated: Places  # of tokens that stand more than once in a reference
-    most: dict[Places, int]  # how often an n-gram stands in the reference that has most of it, once it was asked
-    surplus: dict[tuple[Places, int], Places]  # where an n-gram stands in a reference for more than so many times
+    tokens: NDArray[np.int64]  # (N,) the same for equal tokens of a response alone; one more ends each response
+    starts: NDArray[np.int64]  # (B,) where in them each response begins
+    lengths: NDArray[np.int64]  # (B,) tokens of each response
+    of_references: NDArray[np.int64]  # (R, B) tokens of each of its references
+    places: NDArray[np.uint64]  # (W, R, N) where each token stands in each reference
 
 
 def sentence_bleu(
     responses: Sequence[str], references: Sequence[Sequence[str]], smoothing: str, lowercase: bool
 ) -> list[float]:
     """sacrebleu's `sentence_score` with effective order, 0 to 100."""
-    scores = []
-    for response, texts in zip(responses, references, strict=True):
-        known = _bleu_references(tuple(texts), lowercase)
-        tokens = _bleu_tokens(response, lowercase)
-        correct = [_clipped(found, known) for found in _found(tokens, known, LONGEST_NGRAM)]
-        scores.append(_bleu(correct, len(tokens), known.lengths, smoothing))
+    scores: list[float] = []
+    for texts in _read(responses, references, lambda text: _bleu_tokens(text, lowercase)):
+        hits = np.stack([hit.any(0) for hit in _hits(texts, LONGEST_NGRAM)])  # (4, N)
+        correct = zip(*np.add.reduceat(hits, texts.starts, axis=1, dtype=np.int64).tolist(), strict=True)
+        scores += map(_bleu, correct, texts.lengths.tolist(), _closest(texts), repeat(smoothing))
     return scores
 
 
 def rouge(responses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
     """rouge-score's F of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, the best over the references."""
     scores: dict[str, list[float]] = {"rouge1": [], "rouge2": [], "rougeL": []}
-    for response, texts in zip(responses, references, strict=True):
-        known = _rouge_references(tuple(texts))
-        tokens = rouge_tokens(response)
-        ones, twos = _found(tokens, known, 2)
-        for kind, less, hits in (
-            ("rouge1", 0, _shared(ones, known)),
-            ("rouge2", 1, _shared(twos, known)),
-            ("rougeL", 0, _common_subsequences(ones, known)),
-        ):
-            written = len(tokens) - less
-            of_each = [_f_measure(h, written, m - less) for h, m in zip(hits, known.lengths, strict=True)]
-            scores[kind].append(max(of_each))
+    for texts in _read(responses, references, rouge_tokens):
+        ones, twos = (np.add.reduceat(hit, texts.starts, axis=1, dtype=np.int64) for hit in _hits(texts, 2))  # (R, B)
+        scores["rouge1"] += _best_f_measure(ones, texts, 1)
+        scores["rouge2"] += _best_f_measure(twos, texts, 2)
+        scores["rougeL"] += _best_f_measure(_common_subsequences(texts), texts, 1)
     return scores
 
 
@@ -106,111 +101,147 @@ def rouge_tokens(text: str) -> list[str]:
     return _words_alphanumeric.tokens(text)
 
 
-# --- what the references say ------------------------------------------------------------------------------------------
+# --- responses and references as bits ---------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=KEPT_REFERENCES)
-def _bleu_references(texts: tuple[str, ...], lowercase: bool) -> _References:
-    return _laid_out([_bleu_tokens(text, lowercase) for text in texts])
+def _read(
+    responses: Sequence[str], references: Sequence[Sequence[str]], tokens_of: Callable[[str], list[str]]
+) -> Iterator[_Texts]:
+    """As many at a time, in order, as there is room for."""
+    first, room = 0, AT_ONCE
+    for i, (response, texts) in enumerate(zip(responses, references, strict=True)):
+        size = len(response) * sum(1 + len(text) // CHARACTERS for text in texts)
+        if room < size and i > first:
+            yield _laid_out(responses[first:i], references[first:i], tokens_of)
+            first, room = i, AT_ONCE
+        room -= size
+    if first < len(responses):
+        yield _laid_out(responses[first:], references[first:], tokens_of)
 
 
-@lru_cache(maxsize=KEPT_REFERENCES)
-def _rouge_references(texts: tuple[str, ...]) -> _References:
-    return _laid_out([rouge_tokens(text) for text in texts])
+def _laid_out(
+    responses: Sequence[str], references: Sequence[Sequence[str]], tokens_of: Callable[[str], list[str]]
+) -> _Texts:
+    new = count(1).__next__  # numbers a token in one set of references; 0 is one that none of them has
+    known: dict[tuple[str, ...], tuple[int, dict[str, int]]] = {}  # sets of references, which responses share
+    of_sets: list[list[list[int]]] = []  # the numbers of each reference of each set
+    written: list[int] = []  # those of all responses
+    lengths, sets = [], []
+    for response, texts in zip(responses, references, strict=True):
+        key = tuple(texts)
+        if key not in known:
+            known[key] = len(of_sets), defaultdict(new)
+            of_sets.append([list(map(known[key][1].__getitem__, tokens_of(text))) for text in texts])
+        which, number_of = known[key]
+        tokens = tokens_of(response)
+        written += map(number_of.get, tokens, repeat(0))
+        written.append(0)
+        lengths.append(len(tokens))
+        sets.append(which)
+    size, numbers, spans = new(), np.array(written), np.array(lengths) + 1
+    of_references = zip_longest(*(map(len, texts) for texts in of_sets), fillvalue=-1)
+    return _Texts(
+        tokens=numbers + size * np.repeat(np.arange(len(spans)), spans),
+        starts=np.cumsum(spans) - spans,
+        lengths=spans - 1,
+        of_references=np.array(list(of_references))[:, sets],
+        places=_places(of_sets, size).take(numbers, axis=-1),
+    )
 
 
-def _laid_out(references: Sequence[list[str]]) -> _References:
-    places: dict[str, Places] = {}
-    spans, first, everywhere, repeated = [], 0, 0, 0
-    for tokens in references:
-        mask = (1 << len(tokens)) - 1
-        spans.append((first, mask))
-        everywhere |= mask << first
-        for place, token in enumerate(tokens, start=first):
-            before = places.get(token, 0)
-            places[token] = before | 1 << place
-            if before >> first:
-                repeated |= places[token]
-        first += len(tokens) + 1
-    return _References([len(tokens) for tokens in references], spans, places, everywhere, repeated, {}, {})
+def _places(of_sets: list[list[list[int]]], size: int) -> NDArray[np.uint64]:
+    """(W, R, size) where the token of each number stands in each reference of its set."""
+    standing = list(chain.from_iterable(of_sets))
+    numbers = np.array(list(chain.from_iterable(standing)), np.int64)
+    lengths = np.array(list(map(len, standing)))
+    row = np.repeat(list(chain.from_iterable(map(range, map(len, of_sets)))), lengths)  # of each token
+    place = np.arange(len(numbers)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    words, rows = (int(lengths.max()) - 1) // WORD + 1, max(map(len, of_sets))
+    places = np.zeros((max(words, 1), rows, size), np.uint64)
+    cell = (place // WORD * rows + row) * size + numbers
+    np.add.at(places.reshape(-1), cell, np.uint64(1) << (place % WORD).astype(np.uint64))
+    return places
 
 
-# --- a response against them ------------------------------------------------------------------------------------------
+# --- responses against references -------------------------------------------------------------------------------------
 
 
-def _found(tokens: Sequence[str], known: _References, longest: int) -> list[list[Places]]:
-    """For n = 1 .. longest: where each n-gram of the response, in order, ends in the references; 0 is nowhere.
+def _hits(texts: _Texts, longest: int) -> Iterator[NDArray[np.bool_]]:
+    """For n = 1 .. longest, (R, N): is the n-gram that ends at a token of a response found in the reference?
 
-    It is at once a name for the n-gram: only equal ones end at the same places.
+    Each is found as often at most as either has it: no longer when it stood in the response as often before as it
+    stands in the reference. What crosses the end of a response stands nowhere.
     """
-    ones = list(map(known.places.get, tokens, repeat(0)))
-    found = [ones]
-    for n in range(1, longest):
-        found.append(list(map(and_, map(lshift, found[-1], repeat(1)), ones[n:])))
-    return found
+    ends = texts.places  # (W, R, N) where the n-gram ends in each reference
+    for n, earlier in enumerate(_earlier(texts, longest)):
+        if n:
+            ends = _next_places(ends) & texts.places
+        yield np.bitwise_count(ends).sum(0, dtype=earlier.dtype) > earlier
 
 
-def _clipped(found: list[Places], known: _References) -> int:
-    """How many of a response's n-grams are found, each as often at most as in the reference that has most of it."""
-    hits = len(found) - found.count(0)
-    different = set(found)
-    different.discard(0)
-    if hits == len(different):
-        return hits
-    most = known.most
-    for gram in different:
-        if (count := found.count(gram)) > 1:
-            if gram not in most:
-                most[gram] = max(_in_each(gram, known))
-            hits -= max(0, count - most[gram])
-    return hits
+def _next_places(places: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One place on in the references, for the next token of the response."""
+    moved = np.zeros_like(places)
+    np.left_shift(places[..., :-1], np.uint64(1), out=moved[..., 1:])
+    moved[1:, :, 1:] |= places[:-1, :, :-1] >> np.uint64(WORD - 1)
+    return moved
 
 
-def _shared(found: list[Places], known: _References) -> list[int]:
-    """How many n-grams each reference shares with the response, each as often at most as either has it."""
-    different = set(found)
-    shared = sum(different)
-    for gram in different:
-        if gram & known.repeated:
-            surplus = gram, found.count(gram)
-            if surplus not in known.surplus:
-                known.surplus[surplus] = _surplus(*surplus, known)
-            shared -= known.surplus[surplus]
-    return _in_each(shared, known)
+def _earlier(texts: _Texts, longest: int) -> NDArray[Any]:
+    """(longest, N) for n = 1 .. longest, how often the n-gram that ends at a token stood in the response before."""
+    tokens, most = texts.tokens, int(texts.lengths.max())
+    kind = np.min_scalar_type(max(most, int(texts.of_references.max()), 1))
+    earlier = np.zeros((longest, len(tokens)), kind)
+    for distance in range(1, most):
+        same = tokens[distance:] == tokens[:-distance]
+        for n, times in enumerate(earlier):
+            times[distance + n :] += same.view(np.uint8)
+            same = same[1:] & same[:-1]
+    return earlier
 
 
-def _surplus(places: Places, count: int, known: _References) -> Places:
-    """The places that stand after the first `count` of their reference."""
-    surplus = 0
-    for first, mask in known.spans:
-        here = places >> first & mask
-        for _ in range(count):
-            here &= here - 1 if here else 0  # drops the first
-        surplus |= here << first
-    return surplus
+def _common_subsequences(texts: _Texts) -> NDArray[np.int64]:
+    """(R, B) length of the longest common subsequence with each reference, by an addition a token (Hyyrö 2004)."""
+    order = np.argsort(-texts.lengths, kind="stable")  # longest first, so that those with a token more come first
+    starts, lengths = texts.starts[order], texts.lengths[order]
+    words, references, _ = texts.places.shape
+    rows = np.full((words, references, len(order)), ~np.uint64(0))  # a 0 where the subsequence grew
+    for place in range(lengths[0]):
+        longer = int(np.searchsorted(-lengths, -place))
+        row = rows[..., :longer]
+        here = texts.places.take(starts[:longer] + place, axis=-1) & row
+        row[:] = _sum(row, here) | (row - here)
+    common = np.empty((references, len(order)), np.int64)
+    common[:, order] = np.bitwise_count(~rows).sum(0, dtype=np.int64)
+    return common
 
 
-def _common_subsequences(ones: Iterable[Places], known: _References) -> list[int]:
-    """Length of the longest common subsequence with each reference, all by the same additions (Hyyrö 2004)."""
-    everywhere = known.everywhere
-    row = everywhere  # a 0 where the subsequence grew; the bit between references takes the carry of an addition
-    for places in ones:
-        if places:
-            here = row & places
-            row = (row + here | row - here) & everywhere
-    return _in_each(everywhere ^ row, known)
+def _sum(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """a + b of numbers of W words, the lowest first; what goes over is dropped."""
+    total = a + b
+    carry = total[0] < a[0]
+    for word in range(1, len(total)):
+        without = total[word].copy()
+        total[word] += carry
+        carry = (without < a[word]) | (total[word] < without)
+    return total
 
 
-def _in_each(places: Places, known: _References) -> list[int]:
-    """How many of the places lie in each reference."""
-    return [(places >> first & mask).bit_count() for first, mask in known.spans]
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _bleu(correct: list[int], length: int, lengths: list[int], smoothing: str) -> float:
+def _closest(texts: _Texts) -> list[int]:
+    """(B,) tokens of the reference whose length is closest to the response's, of two such the shorter."""
+    far, ours = 2**32, texts.of_references
+    rank = np.abs(ours - texts.lengths) * far + ours
+    return (np.where(ours < 0, far**2 // 2 - 1, rank).min(0) % far).tolist()
+
+
+@lru_cache(maxsize=2**16)
+def _bleu(correct: tuple[int, ...], length: int, closest: int, smoothing: str) -> float:
     """sacrebleu's `compute_bleu` with effective order, operation by operation (Chen & Cherry 2014)."""
     if not any(correct):
         return 0.0
-    closest = min([(abs(length - n), n) for n in lengths])[1]
     brevity = math.exp(1 - closest / length) if length < closest else 1.0
     logs, halving = [], 1.0
     for n, right in enumerate(correct):
@@ -229,7 +260,9 @@ def _bleu(correct: list[int], length: int, lengths: list[int], smoothing: str) -
     return brevity * math.exp(sum(logs) / len(logs))
 
 
-@lru_cache(maxsize=2**16)
-def _f_measure(hits: int, of_response: int, of_reference: int) -> float:
-    precision, recall = hits / max(of_response, 1), hits / max(of_reference, 1)
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+def _best_f_measure(hits: NDArray[np.int64], texts: _Texts, n: int) -> list[float]:
+    """(R, B) n-grams that response and reference share -> (B,) F of the best reference."""
+    precision = hits / np.maximum(texts.lengths - (n - 1), 1)
+    recall = hits / np.maximum(texts.of_references - (n - 1), 1)
+    both = precision + recall
+    return np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0).max(0).tolist()
