@@ -6,6 +6,7 @@ its tokens were chosen, and s_n, the state after the last one. s_n is terminal w
 A response cut off at the length limit is *truncated*: its s_n is not terminal, and its value is bootstrapped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -114,6 +115,7 @@ class SequenceFormat:
     decoder_prefix: tuple[int, ...] | None  # seq2seq: what the decoder starts from; causal: None
     context_tokens: int | None  # longest sequence the model takes; None where there is no limit
     shares_prompts: bool = False  # causal: responses to one prompt may share a row of a batch
+    token_cost: float = math.inf  # work on a token apart from attention, in places that it could attend to for it
 
     @property
     def is_seq2seq(self) -> bool:
@@ -147,7 +149,7 @@ def make_batch(episodes: Sequence[Episode], layout: SequenceFormat) -> Batch:
     state_mask = time < (lengths + truncated)[:, None]
     rewards = torch.zeros(response_ids.shape)
     rewards[torch.arange(len(episodes)), lengths - 1] = torch.tensor([e.reward - e.baseline for e in episodes])
-    rows = _rows(episodes, layout.shares_prompts)
+    rows = _rows(episodes, layout)
     decoder_ids, decoder_mask, position_ids, places = _decoder_rows(episodes, rows, layout)
     batch = Batch(
         decoder_ids=decoder_ids,
@@ -166,7 +168,7 @@ def make_batch(episodes: Sequence[Episode], layout: SequenceFormat) -> Batch:
         demonstrations=torch.tensor([e.demonstration for e in episodes]),
     )
     if layout.is_seq2seq:
-        encoder_rows = _rows(episodes, True)
+        encoder_rows = _members(episodes)
         prompts = [list(episodes[members[0]].example.prompt_ids) for members in encoder_rows]
         batch.encoder_ids, batch.encoder_mask = _pad(prompts, layout.pad_id)
         batch.encoder_rows = torch.empty(len(episodes), dtype=torch.int64)
@@ -193,27 +195,45 @@ def micro_batches(episodes: Sequence[Episode], layout: SequenceFormat, max_token
 
 def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
     """The episodes of each group, in order of first appearance."""
-    return [[episodes[i] for i in members] for members in _rows(episodes, True)]
+    return [[episodes[i] for i in members] for members in _members(episodes)]
+
+
+def _members(episodes: Sequence[Episode]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i, episode in enumerate(episodes):
+        groups.setdefault(episode.group, []).append(i)
+    return list(groups.values())
 
 
 def _padded_tokens(groups: Sequence[Sequence[Episode]], layout: SequenceFormat) -> int:
     """Tokens of these groups as one batch, padding included; encoder and decoder together."""
+    episodes = [episode for group in groups for episode in group]
+    rows = _rows(episodes, layout)
     prompts = [len(group[0].example.prompt_ids) for group in groups]
-    responses = [[len(e.response_ids) for e in group] for group in groups]
-    count = sum(len(group) for group in groups)
+    responses = [sum(len(episodes[i].response_ids) for i in members) for members in rows]  # tokens of each row
     if layout.decoder_prefix is not None:
-        return max(prompts) * len(groups) + (len(layout.decoder_prefix) + max(map(max, responses))) * count
-    if layout.shares_prompts:
-        return max(p + sum(r) for p, r in zip(prompts, responses, strict=True)) * len(groups)
-    return max(p + max(r) for p, r in zip(prompts, responses, strict=True)) * count
+        return max(prompts) * len(groups) + (len(layout.decoder_prefix) + max(responses)) * len(rows)
+    of_rows = [len(episodes[members[0]].example.prompt_ids) for members in rows]
+    return max(p + r for p, r in zip(of_rows, responses, strict=True)) * len(rows)
 
 
-def _rows(episodes: Sequence[Episode], share: bool) -> list[list[int]]:
-    """Which episodes stand in each row: one, or all of a group."""
-    rows: dict[int, list[int]] = {}
-    for i, episode in enumerate(episodes):
-        rows.setdefault(episode.group if share else i, []).append(i)
-    return list(rows.values())
+def _rows(episodes: Sequence[Episode], layout: SequenceFormat) -> list[list[int]]:
+    """Which episodes stand in each row: one, or some of a group, or all of it.
+
+    A row of n responses of T tokens after a prompt of P costs (P + n T) (c + P + n T), with c = `token_cost`, as every
+    token looks at the whole row. A response then costs least where n T = sqrt(P (P + c)).
+    """
+    if not layout.shares_prompts:
+        return [[i] for i in range(len(episodes))]
+    rows = []
+    for members in _members(episodes):
+        prompt = len(episodes[members[0]].example.prompt_ids)
+        mean = sum(len(episodes[i].response_ids) for i in members) / len(members)
+        most = min(len(members), max(1.0, math.sqrt(prompt * (prompt + layout.token_cost)) / mean))
+        count = math.ceil(len(members) / int(most))
+        each = math.ceil(len(members) / count)
+        rows += [members[first : first + each] for first in range(0, len(members), each)]
+    return rows
 
 
 def _decoder_rows(

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,20 @@ def test_single_responses_need_no_shared_row() -> None:
     assert torch.equal(batch.decoder_ids, apart.decoder_ids)
     assert torch.equal(batch.decoder_mask, apart.decoder_mask)
     assert torch.equal(batch.states, apart.states)
+
+
+@pytest.mark.parametrize(("tokens", "rows_of"), [(1, [4]), (2, [2, 2]), (3, [2, 2]), (4, [1, 1, 1, 1])])
+def test_a_row_takes_responses_while_that_makes_them_cheaper(tokens: int, rows_of: list[int]) -> None:
+    """After a prompt of 2, where all but attention costs as much as looking at 16 places: sqrt(2 (2 + 16)) = 6 tokens.
+
+    Of four responses that is all, three, two or one; and three would leave one alone in a row as long.
+    """
+    layout = replace(SHARED, token_cost=16.0)
+    batch = make_batch([Episode(example(10, 11), [20] * tokens, True, 4) for _ in range(4)], layout)
+    assert batch.decoder_ids.shape == (len(rows_of), 2 + rows_of[0] * tokens)
+    firsts = [[row, 2 + k * tokens] for row, count in enumerate(rows_of) for k in range(count)]
+    assert batch.states.tolist()[1 :: tokens + 1] == firsts  # the state after each response's first token
+    assert (batch.position_ids is None) == (rows_of[0] == 1)
 
 
 def test_seq2seq_rows() -> None:

@@ -55,7 +55,7 @@ def load_model(section: ModelSection, texts: Sequence[str], seed: int, max_respo
         model = _load_pretrained(section, config)
     model.eval()
     layout = _sequence_format(model, tokenizer)
-    layout = replace(layout, shares_prompts=can_share_prompts(model, layout))
+    layout = replace(layout, shares_prompts=can_share_prompts(model, layout), token_cost=_token_cost(model))
     model.generation_config = _plain_generation(layout, max_response_tokens)
     if section.lora is not None:
         model = add_lora(model, section.lora, seed)
@@ -144,6 +144,11 @@ def scratch_config(scratch: FromScratch, tokenizer: Any) -> PreTrainedConfig:
 def hidden_size(model: Any) -> int:
     """Width of what the LM head reads."""
     return model.get_output_embeddings().in_features
+
+
+def _token_cost(model: Any) -> float:
+    """A layer takes some 24 H^2 operations on a token, two for each weight, and 4 H on each place it attends to."""
+    return 6.0 * hidden_size(model)
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
