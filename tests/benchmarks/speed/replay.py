@@ -1,6 +1,7 @@
-"""What a full replay costs, for a row of `speed.py`: filled as training fills it, drawn from as an update does."""
+"""What a full replay costs: filled as training fills it, drawn from as an update does."""
 
 import resource
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,41 @@ from lmdqn.learn.objective import q_loss
 from lmdqn.learn.replay import Group, Replay
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks
-from lmdqn.recipe import QLearningSection, ReplaySection
+from lmdqn.recipe import OptimisationSection, QLearningSection, ReplaySection
+from speed.material import loaded_model, pairs, texts_of
+from speed.table import Line, Settings
 
 SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of a response
 
 
-def examples_of(rows: list[dict[str, Any]], tokenizer: Any) -> list[Example]:
+def replay(settings: Settings) -> Iterator[Line]:
+    """1,000,000 episodes of 64 tokens in groups of 4: adding, memory, and drawing against an update of 1.4M."""
+    loaded = loaded_model(texts_of(settings.data), 160, 3, 1500)
+    examples = _examples_of(pairs(settings.data, 1250, 4), loaded.tokenizer)
+    groups, generator = _rollout(0, examples, loaded.tokenizer), torch.Generator().manual_seed(0)
+    sizes = {"uniform": [62_500, 1_000_000], "prioritised": [6_250, 100_000], "reward": [6_250, 100_000]}
+    for sampling, (small, large) in sizes.items():
+        before, draws = _resident_bytes(), []
+        for held, added_s in _fill(sampling, [small, large], examples, loaded.tokenizer):  # noqa: B007
+            draws.append([_draw_seconds(held, generator)[0] for _ in range(settings.repeats + 1)][1:])
+        what = f"replay of {large:,} episodes, {sampling}"
+        ratios = [d / b for d, b in zip(draws[1], draws[0], strict=True)]
+        shown, shown_before = (f"{1000 * statistics.median(times):.1f} ms" for times in (draws[1], draws[0]))
+        yield Line(f"{what}: a draw, against one from {small:,}", shown, shown_before, ratios, "<= 1.4 (logarithmic)")
+        if sampling == "uniform":
+            taken = (_resident_bytes() - before) / held.tokens
+            yield Line(f"{what}: bytes a token", f"{taken:.1f}", "24", [taken / 24], "<= 1")
+            yield Line(f"{what}: adding", f"{len(held) / added_s:,.0f} episodes/s", "", [], "")
+        batches, updates = settings.alternate(
+            lambda r=held: sum(_draw_seconds(r, generator)),  # type: ignore[misc]
+            lambda: _update_seconds(loaded, groups),
+        )
+        ratios = [b / u for b, u in zip(batches, updates, strict=True)]
+        shown, shown_update = (f"{1000 * statistics.median(times):.1f} ms" for times in (batches, updates))
+        yield Line(f"{what}: a batch drawn and measured, against an update", shown, shown_update, ratios, "<= 0.02")
+
+
+def _examples_of(rows: list[dict[str, Any]], tokenizer: Any) -> list[Example]:
     """Four references each."""
     found = []
     for row in rows:
@@ -29,7 +59,7 @@ def examples_of(rows: list[dict[str, Any]], tokenizer: Any) -> list[Example]:
     return found
 
 
-def rollout(number: int, examples: list[Example], tokenizer: Any) -> list[Group]:
+def _rollout(number: int, examples: list[Example], tokenizer: Any) -> list[Group]:
     """Scored groups as a collector gives them, responses made of their prompt's references."""
     groups = []
     for group in range(number, number + PROMPTS):
@@ -47,13 +77,13 @@ def rollout(number: int, examples: list[Example], tokenizer: Any) -> list[Group]
     return groups
 
 
-def fill(sampling: str, sizes: list[int], examples: list[Example], tokenizer: Any) -> Iterator[tuple[Replay, float]]:
+def _fill(sampling: str, sizes: list[int], examples: list[Example], tokenizer: Any) -> Iterator[tuple[Replay, float]]:
     """One replay at growing numbers of episodes, each time with the seconds that adding took in all."""
     section = {"sampling": sampling, "fresh_share": 0.0, "capacity_episodes": sizes[-1]}
     replay, spent, number = Replay(ReplaySection.model_validate(section)), 0.0, 0
     for size in sizes:
         while len(replay) < size:
-            groups = rollout(number, examples, tokenizer)
+            groups = _rollout(number, examples, tokenizer)
             number += PROMPTS
             began = time.perf_counter()
             replay.add(groups)
@@ -61,7 +91,7 @@ def fill(sampling: str, sizes: list[int], examples: list[Example], tokenizer: An
         yield replay, spent
 
 
-def draw_seconds(replay: Replay, generator: torch.Generator, repeats: int = 20) -> tuple[float, float]:
+def _draw_seconds(replay: Replay, generator: torch.Generator, repeats: int = 20) -> tuple[float, float]:
     """A batch of an update: drawing it, and measuring again how it matches its references."""
     drawing = measuring = 0.0
     for _ in range(repeats):
@@ -74,9 +104,9 @@ def draw_seconds(replay: Replay, generator: torch.Generator, repeats: int = 20) 
     return drawing / repeats, measuring / repeats
 
 
-def update_seconds(loaded: Any, groups: list[Group]) -> float:
+def _update_seconds(loaded: Any, groups: list[Group]) -> float:
     """One forward and backward pass of the default loss on a batch of such groups, the optimiser left out."""
-    networks = Networks.build(loaded, 0.01, 0, 256)
+    networks = Networks.build(loaded, 0.01, 0, OptimisationSection().vocabulary_chunk_mib)
     episodes = [episode for group in groups for episode in group]
     measure_matches(episodes)
     began = time.perf_counter()
@@ -85,5 +115,5 @@ def update_seconds(loaded: Any, groups: list[Group]) -> float:
     return time.perf_counter() - began
 
 
-def resident_bytes() -> int:
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

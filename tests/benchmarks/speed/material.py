@@ -1,0 +1,50 @@
+"""What is measured on: pairs of a data set, models with random weights, and groups of episodes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def pairs(data: Path, count: int, references: int) -> list[dict[str, Any]]:
+    """The first rows that have so many references."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").open(encoding="utf-8")]
+    return [row for row in rows if len(row["references"]) >= references][:count]
+
+
+def texts_of(data: Path) -> list[str]:
+    """What a tokenizer is trained on."""
+    return [text for row in pairs(data, 2000, 1) for text in (row["source"], *row["references"])]
+
+
+def loaded_model(texts: list[str], width: int, layers: int, vocabulary: int, lora: bool = False) -> Any:
+    """A GPT-2 of that size with random weights."""
+    from lmdqn.model.loading import LoadedModel, add_lora, load_model
+    from lmdqn.recipe import Lora, validate
+
+    config = {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 512}
+    scratch = {"family": "gpt2", "vocabulary_size": vocabulary, "config": config}
+    section = validate({"model": {"from_scratch": scratch}, "data": {"path": "."}}, "benchmark").model
+    loaded = load_model(section, texts, 0, 80)
+    loaded.model.resize_token_embeddings(vocabulary, mean_resizing=False)  # the data may not have so many
+    if lora:
+        adapted = add_lora(loaded.model, Lora(rank=16, target_modules="all-linear"), 0).eval()
+        return LoadedModel(adapted, loaded.tokenizer, loaded.layout)
+    return loaded
+
+
+def groups_of_references(rows: list[dict[str, Any]], loaded: Any) -> list[Any]:
+    """Four references of each source as four scored episodes of one group, everything measured as in training."""
+    from lmdqn.episodes import Example, demonstration
+    from lmdqn.learn.match_features import measure_matches
+
+    eos = loaded.tokenizer.eos_token_id
+    episodes = []
+    for group, row in enumerate(rows):
+        ids = tuple((*loaded.tokenizer(text).input_ids, eos) for text in row["references"][:4])
+        prompt = tuple(loaded.tokenizer(row["source"] + "\n").input_ids)
+        example = Example(row["source"], tuple(row["references"][:4]), prompt, ids, row["source"])
+        for k in range(4):
+            episodes.append(demonstration(example, k, group, (eos,)))
+            episodes[-1].reward = k / 4
+    measure_matches(episodes)
+    return episodes
