@@ -106,8 +106,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _gradients_add_in_place(head: Any) -> AbstractContextManager[None]:
-    """While inside, a plain linear head works by `_Linear`; any other (an adapter, say) as it does."""
-    if type(head) is not nn.Linear:
+    """While inside, a plain linear head works by `_Linear`; any other (an adapter, an offloaded one) as it does."""
+    if type(head) is not nn.Linear or "forward" in vars(head):
         return nullcontext()
     return _forward_replaced(head, lambda hidden: _Linear.apply(hidden, head.weight, head.bias))
 
