@@ -9,6 +9,7 @@ A response cut off at the length limit is *truncated*: its s_n is not terminal, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,15 +183,15 @@ def micro_batches(episodes: Sequence[Episode], layout: SequenceFormat, max_token
 
     A group that alone is over the limit makes a list of its own.
     """
-    groups = by_group(episodes)
-    groups.sort(key=lambda group: _padded_tokens([group], layout))
-    batches: list[list[list[Episode]]] = []
-    for group in groups:
-        if batches and _padded_tokens([*batches[-1], group], layout) <= max_tokens:
-            batches[-1].append(group)
+    shaped = [(_shape(group, layout), group) for group in by_group(episodes)]
+    shaped.sort(key=lambda pair: _padded_tokens([pair[0]]))
+    batches: list[list[tuple[_Shape, list[Episode]]]] = []
+    for shape, group in shaped:
+        if batches and _padded_tokens([*(known for known, _ in batches[-1]), shape]) <= max_tokens:
+            batches[-1].append((shape, group))
         else:
-            batches.append([group])
-    return [[episode for group in batch for episode in group] for batch in batches]
+            batches.append([(shape, group)])
+    return [[episode for _, group in batch for episode in group] for batch in batches]
 
 
 def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
@@ -205,16 +206,27 @@ def _members(episodes: Sequence[Episode]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _padded_tokens(groups: Sequence[Sequence[Episode]], layout: SequenceFormat) -> int:
-    """Tokens of these groups as one batch, padding included; encoder and decoder together."""
-    episodes = [episode for group in groups for episode in group]
-    rows = _rows(episodes, layout)
-    prompts = [len(group[0].example.prompt_ids) for group in groups]
-    responses = [sum(len(episodes[i].response_ids) for i in members) for members in rows]  # tokens of each row
+class _Shape(NamedTuple):
+    """What a group takes in a batch."""
+
+    rows: int  # of the decoder
+    row_tokens: int  # of the longest
+    encoder_tokens: int  # in the encoder, where all its responses share a row; causal: none
+
+
+def _shape(group: Sequence[Episode], layout: SequenceFormat) -> _Shape:
+    rows = _rows(group, layout)
+    longest = max(sum(len(group[i].response_ids) for i in members) for members in rows)
+    prompt = len(group[0].example.prompt_ids)
     if layout.decoder_prefix is not None:
-        return max(prompts) * len(groups) + (len(layout.decoder_prefix) + max(responses)) * len(rows)
-    of_rows = [len(episodes[members[0]].example.prompt_ids) for members in rows]
-    return max(p + r for p, r in zip(of_rows, responses, strict=True)) * len(rows)
+        return _Shape(len(rows), len(layout.decoder_prefix) + longest, prompt)
+    return _Shape(len(rows), prompt + longest, 0)
+
+
+def _padded_tokens(shapes: Sequence[_Shape]) -> int:
+    """Tokens of groups as one batch, padding included; encoder and decoder together."""
+    rows, row_tokens, encoder_tokens = zip(*shapes, strict=True)
+    return max(row_tokens) * sum(rows) + max(encoder_tokens) * len(shapes)
 
 
 def _rows(episodes: Sequence[Episode], layout: SequenceFormat) -> list[list[int]]:

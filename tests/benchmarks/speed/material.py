@@ -32,19 +32,25 @@ def loaded_model(texts: list[str], width: int, layers: int, vocabulary: int, lor
     return loaded
 
 
+def example_of(row: dict[str, Any], tokenizer: Any) -> Any:
+    """A pair with its first four references, as a model reads it."""
+    from lmdqn.episodes import Example
+
+    references = tuple(row["references"][:4])
+    ids = tuple((*tokenizer(text).input_ids, tokenizer.eos_token_id) for text in references)
+    return Example(row["source"], references, tuple(tokenizer(row["source"] + "\n").input_ids), ids, row["source"])
+
+
 def groups_of_references(rows: list[dict[str, Any]], loaded: Any) -> list[Any]:
     """Four references of each source as four scored episodes of one group, everything measured as in training."""
-    from lmdqn.episodes import Example, demonstration
+    from lmdqn.episodes import demonstration
     from lmdqn.learn.match_features import measure_matches
 
-    eos = loaded.tokenizer.eos_token_id
     episodes = []
     for group, row in enumerate(rows):
-        ids = tuple((*loaded.tokenizer(text).input_ids, eos) for text in row["references"][:4])
-        prompt = tuple(loaded.tokenizer(row["source"] + "\n").input_ids)
-        example = Example(row["source"], tuple(row["references"][:4]), prompt, ids, row["source"])
+        example = example_of(row, loaded.tokenizer)
         for k in range(4):
-            episodes.append(demonstration(example, k, group, (eos,)))
+            episodes.append(demonstration(example, k, group, loaded.layout.eos_ids))
             episodes[-1].reward = k / 4
     measure_matches(episodes)
     return episodes

@@ -16,7 +16,7 @@ from lmdqn.learn.replay import Group, Replay
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks
 from lmdqn.recipe import OptimisationSection, QLearningSection, ReplaySection
-from speed.material import loaded_model, pairs, texts_of
+from speed.material import example_of, loaded_model, pairs, texts_of
 from speed.table import Line, Settings
 
 SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of a response
@@ -25,7 +25,7 @@ SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of
 def replay(settings: Settings) -> Iterator[Line]:
     """1,000,000 episodes of 64 tokens in groups of 4: adding, memory, and drawing against an update of 1.4M."""
     loaded = loaded_model(texts_of(settings.data), 160, 3, 1500)
-    examples = _examples_of(pairs(settings.data, 1250, 4), loaded.tokenizer)
+    examples = [example_of(row, loaded.tokenizer) for row in pairs(settings.data, 1250, 4)]
     groups, generator = _rollout(0, examples, loaded.tokenizer), torch.Generator().manual_seed(0)
     sizes = {"uniform": [62_500, 1_000_000], "prioritised": [6_250, 100_000], "reward": [6_250, 100_000]}
     for sampling, (small, large) in sizes.items():
@@ -47,16 +47,6 @@ def replay(settings: Settings) -> Iterator[Line]:
         ratios = [b / u for b, u in zip(batches, updates, strict=True)]
         shown, shown_update = (f"{1000 * statistics.median(times):.1f} ms" for times in (batches, updates))
         yield Line(f"{what}: a batch drawn and measured, against an update", shown, shown_update, ratios, "<= 0.02")
-
-
-def _examples_of(rows: list[dict[str, Any]], tokenizer: Any) -> list[Example]:
-    """Four references each."""
-    found = []
-    for row in rows:
-        references = tuple(row["references"][:4])
-        ids = tuple((*tokenizer(text).input_ids, tokenizer.eos_token_id) for text in references)
-        found.append(Example(row["source"], references, tuple(tokenizer(row["source"]).input_ids), ids, row["source"]))
-    return found
 
 
 def _rollout(number: int, examples: list[Example], tokenizer: Any) -> list[Group]:

@@ -6,6 +6,8 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from versus.arena import Settings, Task
 from versus.bootstrap import Scores, draw_counts, resampled
 from versus.units import METHODS, Result, Setting, better_variant
@@ -41,9 +43,14 @@ class Compared:
         return [pair.references for pair in self.task.test_pairs(self.run_with)]
 
     @cached_property
+    def counts(self) -> np.ndarray:
+        """The draws of test sources that every system is resampled on."""
+        return draw_counts(len(self.references))
+
+    @cached_property
     def start_scores(self) -> Scores:
         """The warm start's on test, resampled."""
-        return resampled(self.start["test"]["online"]["last"], self.references, draw_counts(len(self.references)))
+        return resampled(self.start["test"]["online"]["last"], self.references, self.counts)
 
     @cached_property
     def variants(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from versus.arena import Settings, Task
-from versus.bootstrap import Scores, draw_counts, interval, paired_p, resampled
+from versus.bootstrap import Scores, interval, paired_p, resampled
 from versus.compared import CHECKPOINTS, COLUMNS, Compared, Lines, as_table, mean_and_spread
 from versus.gains import gains_table
 from versus.plot import plot_curves
@@ -48,8 +48,7 @@ def _versions() -> str:
 
 
 def _test_tables(one: Compared) -> tuple[str, Lines]:
-    references, start = one.references, one.start_scores
-    counts = draw_counts(len(references))
+    references, counts, start = one.references, one.counts, one.start_scores
     rows = [["warm start", "", *(f"{start[m][0]:.1f} [{_interval(start[m])}]" for m in COLUMNS)]]
     lines: Lines = [_line("warm start", "", m, [float(start[m][0])], interval=interval(start[m])) for m in COLUMNS]
     means: dict[tuple[str, str], Scores] = {}  # by method and checkpoint, over seeds
