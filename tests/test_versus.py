@@ -19,6 +19,7 @@ from versus.units import METHODS, Bench, Setting, Unit, better_variant, choose
 
 from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError
+from lmdqn.learn.budget import Budget
 from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import score_responses
 from lmdqn.text.metrics import References, corpus_metrics
@@ -170,17 +171,26 @@ def test_a_finished_unit_is_not_run_again(settings: Settings, tmp_path: Path, mo
 def test_the_whole_course_from_the_command_line(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tuning, comparison, report; a second time everything is there and nothing runs."""
+    """Tuning, comparison, report, by CPU time; a second time everything is there and nothing runs."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: it comes with the extra bench")
     output = tmp_path / "out"
     words = ["versus_trl.py", "--data", settings.data, "--sets", "data", "--seconds", 0.3, "--evaluations", 2]
     words += ["--seeds", 2, "--output", output, "--methods", "lmdqn", "lean_grpo", "--tune-lrs", 1e-3, 2e-3]
-    words += ["--override", *TINY, "warm_start.epochs=5"]
+    words += ["--clock", "cpu", "--override", *TINY, "warm_start.epochs=5"]
+    monkeypatch.setattr(Budget, "clock", Budget.clock)  # as it was, when the test is over
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     versus_trl.main()
     folder = output / "data-causal"
     report = (folder / "report.md").read_text(encoding="utf-8")
-    for part in ("| warm start |", "| lmdqn | best on validation |", "Gains", "Differences", "equal rollouts", "taken"):
+    for part in (
+        "s of learning (CPU time)",
+        "| warm start |",
+        "| lmdqn | best on validation |",
+        "Gains",
+        "Differences",
+        "equal rollouts",
+        "taken",
+    ):
         assert part in report
     lines = [json.loads(line) for line in (folder / "table.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["table"] for line in lines} == {"test", "difference", "gains", "equal rollouts", "tuning"}

@@ -40,9 +40,10 @@ class Settings:
 
     data: Path
     output: Path
-    seconds: float  # of learning, for every method
+    seconds: float  # of learning, for every method, by the clock
     evaluations: int  # on validation, evenly over those seconds
     threads: int
+    clock: str = "wall"  # or cpu: the seconds that the process itself computed
     overrides: tuple[str, ...] = ()  # key=value on the recipe, for warm start and every method
 
 

@@ -30,7 +30,13 @@ def run_all(options: argparse.Namespace) -> None:
             raise UserError(f"--data {options.data} has no folder {task.set}")
     methods = _methods(options.methods, options.architecture)
     settings = Settings(
-        options.data, options.output, options.seconds, options.evaluations, options.threads, tuple(options.override)
+        options.data,
+        options.output,
+        options.seconds,
+        options.evaluations,
+        options.threads,
+        options.clock,
+        tuple(options.override),
     )
     bench = Bench(settings)
     schedule = tasks[0].recipe(settings).optimisation.schedule

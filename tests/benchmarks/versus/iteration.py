@@ -41,7 +41,7 @@ class StepClock:
 
 def episode_rates(data: Path, output: Path, clock: Callable[[], float]) -> tuple[Callable, Callable]:
     """Episodes a second of lmdqn's default recipe and of TRL's GRPO, from one warm start that is kept in `output`."""
-    settings = Settings(data.parent, output, 60.0, 1, 1, (EPOCHS,))
+    settings = Settings(data.parent, output, 60.0, 1, 1, overrides=(EPOCHS,))
     arena = Arena(Task(data.name, "causal"), settings)
     recipe = arena.recipe("qlearning.max_seconds=null", f"qlearning.max_steps={STEPS}")
     episodes = recipe.rollout.prompts * recipe.rollout.samples

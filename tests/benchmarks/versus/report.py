@@ -16,6 +16,7 @@ from versus.gains import gains_table
 from versus.plot import plot_curves
 from versus.units import METHODS, best_validation
 
+OF_THE_CLOCK = {"wall": "", "cpu": " (CPU time)"}
 TESTED = ("reward", "bleu", "rougeL", "rouge2", "chrf")  # metrics with a p-value
 
 
@@ -34,7 +35,7 @@ def write_report(one: Compared) -> None:
 def _heading(settings: Settings, task: Task) -> str:
     overrides = " ".join(settings.overrides) or "none"
     return (
-        f"# {task}: lmdqn against TRL, {settings.seconds:g} s of learning a run\n\n"
+        f"# {task}: lmdqn against TRL, {settings.seconds:g} s of learning{OF_THE_CLOCK[settings.clock]} a run\n\n"
         "Test: mean over seeds ± standard deviation over seeds; the warm start with its 95 % bootstrap interval. "
         "Differences: lmdqn minus the method, both at their final or both at their best checkpoint, p by paired "
         "bootstrap over test sources on the scores' mean over seeds. All 0 to 100; length ratio 100 is the references' "

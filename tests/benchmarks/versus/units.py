@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed.table import CLOCKS
 
 from lmdqn.errors import UserError
+from lmdqn.learn.budget import Budget
 from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.whole_files import write_whole
@@ -82,12 +84,14 @@ class Bench:
             "seconds": self.settings.seconds,
             "evaluations": self.settings.evaluations,
             "threads": self.settings.threads,
+            "clock": self.settings.clock,
             "overrides": list(self.settings.overrides),
         }
         file = self.settings.output / "settings.json"
         if file.exists() and (theirs := json.loads(file.read_text(encoding="utf-8"))) != ours:
             raise UserError(f"{file} says {theirs}, not {ours}: choose another --output")
         write_json(file, ours)
+        Budget.clock = staticmethod(CLOCKS[self.settings.clock])
 
     def result(self, unit: Unit) -> Result:
         """The unit's result, from its file or from running it now."""
