@@ -14,6 +14,7 @@ from lmdqn.errors import UserError
 from lmdqn.learn.continuation import Continuation, kept_model, read_continuation
 from lmdqn.learn.launch import sharding_of_launch
 from lmdqn.learn.processes import Processes
+from lmdqn.model.compiling import check_compiler
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.rollout import Rollout
@@ -131,6 +132,9 @@ def _build_networks(recipe: Recipe, loaded: LoadedModel, finished: Continuation 
         keep_first=recipe.qlearning.reference_reset_every is not None,
         target_dtype=recipe.qlearning.target_dtype,
     )
+    if recipe.optimisation.torch_compile:
+        check_compiler(networks.online.device)
+        networks.compile_layers()
     if finished is not None:
         networks.go_on_from(finished.networks)
     return networks

@@ -67,7 +67,7 @@ class LMHead:
         stub = self._output_kind(last_hidden_state=hidden[None, :1])
         decoder = self.model.get_decoder()
         with (
-            _forward_replaced(decoder, lambda *_, **__: stub),
+            forward_replaced(decoder, lambda *_, **__: stub),
             head_reads(self.model, lambda _: hidden[None]),
             _gradients_add_in_place(self.model.get_output_embeddings()),
         ):
@@ -109,12 +109,12 @@ def _gradients_add_in_place(head: Any) -> AbstractContextManager[None]:
     """While inside, a plain linear head works by `_Linear`; any other (an adapter, an offloaded one) as it does."""
     if type(head) is not nn.Linear or "forward" in vars(head):
         return nullcontext()
-    return _forward_replaced(head, lambda hidden: _Linear.apply(hidden, head.weight, head.bias))
+    return forward_replaced(head, lambda hidden: _Linear.apply(hidden, head.weight, head.bias))
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """An instance's own `forward` hides its class's; what had been put there before comes back."""
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, the module works by `forward`; its own, or what had been put there before, comes back."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -95,6 +95,11 @@ class Networks:
         for network in self._all().values():
             network.value_head.standardise(mean, deviation)
 
+    def compile_layers(self) -> None:
+        """Have all of them read whole responses by compiled layers."""
+        for network in self._all().values():
+            network.compile_layers()
+
     def shard(self, device: torch.device, sharding: Sharding, trial: Batch) -> None:
         """Share out the weights of all of them over all processes. Adapters over one model cannot be."""
         for network in self._all().values():

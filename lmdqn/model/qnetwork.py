@@ -1,7 +1,7 @@
 """The Q-network: a pretrained model whose LM head is read as Q, with a value head."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import VALUE_FEATURES, Batch
 from lmdqn.errors import UserError
-from lmdqn.model.head import LMHead, head_reads
+from lmdqn.model.compiling import Forward, compiled_layers
+from lmdqn.model.head import LMHead, forward_replaced, head_reads
 from lmdqn.model.sharding import Sharding, Shards, own_part, part_of
 from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
@@ -77,6 +78,7 @@ class StateOutputs(NamedTuple):
     quantiles: Tensor | None = None  # (N, K) where the value head gives more than the mean, reward units
     logits_of: LogitsOf | None = None  # where logits come in chunks: those of some of the states
     at_once: int | None = None  # states in such a chunk
+    is_compiled: bool = False  # whether what is made of logits goes through torch.compile
 
     def over_vocabulary(self, reduce: Reduce, *per_state: Tensor) -> Any:
         """`reduce(logits, *per_state)`: numbers of each state from its float32 logits, (n, V) -> (n, ...)."""
@@ -95,7 +97,7 @@ def over_vocabulary(outputs: Sequence[StateOutputs], reduce: Reduce, *per_state:
     if at_once < states:
         at_once = max(1, at_once // len(outputs))
     logits_of = [o.logits_of or o.logits.__getitem__ for o in outputs]
-    return reduce_in_chunks(reduce, logits_of, per_state, states, at_once)
+    return reduce_in_chunks(reduce, logits_of, per_state, states, at_once, any(o.is_compiled for o in outputs))
 
 
 class QNetwork(nn.Module):
@@ -111,6 +113,7 @@ class QNetwork(nn.Module):
         self.adapter = adapter
         self.chunk_mib = chunk_mib
         self._head: LMHead | None = None
+        self._compiled: list[tuple[nn.Module, Forward]] = []  # layers, and what they work by in `forward`
         self.shards: Shards | Zero | None = None  # where several processes share the weights out
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
 
@@ -130,13 +133,14 @@ class QNetwork(nn.Module):
             seen.append(states)
             return (states[:1] if in_chunks or not need_logits else states)[None]
 
-        with self.active(), head_reads(self.model, pick_states):
+        with self.active(), self._compiled_inside(), head_reads(self.model, pick_states):
             logits = self.model(**self._inputs(batch), use_cache=False).logits.squeeze(0)  # (N, V) or (1, V)
         quantiles = self.value_head(seen[0], batch.value_features[batch.state_mask])  # (N, K)
         values, quantiles = quantiles.mean(-1), quantiles if quantiles.shape[-1] > 1 else None
+        is_compiled = bool(self._compiled)
         if not in_chunks:
-            return StateOutputs(logits, values, quantiles)
-        return StateOutputs(logits.detach(), values, quantiles, self._logits_later(seen[0]), at_once)
+            return StateOutputs(logits, values, quantiles, is_compiled=is_compiled)
+        return StateOutputs(logits.detach(), values, quantiles, self._logits_later(seen[0]), at_once, is_compiled)
 
     def _logits_later(self, hidden: Tensor) -> LogitsOf:
         """Logits of some of the states, made when asked for, with gradient if there was one when it was made."""
@@ -167,6 +171,17 @@ class QNetwork(nn.Module):
         yield self.model
         if before != self.adapter:
             self.model.set_adapter(before)
+
+    def compile_layers(self) -> None:
+        """From here on `forward` runs compiled; decoding and the names of weights stay as they are."""
+        self._compiled = compiled_layers(self.model)
+
+    @contextmanager
+    def _compiled_inside(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layers, forward in self._compiled:
+                stack.enter_context(forward_replaced(layers, forward))
+            yield
 
     def shard(self, device: torch.device, sharding: Sharding, trial: Batch) -> None:
         """Share the weights out over all processes; all must call it, and pass `trial` through what came out.

@@ -6,26 +6,35 @@ is given to reduce with.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lmdqn.model.compiling import compiled
+
 Reduce = Callable[..., Any]  # (logits, ..., *per_state) -> a tensor, or a tuple of tensors, with a row a state
 LogitsOf = Callable[[slice], Tensor]  # the (n, V) logits of some of the states
 
 
 def reduce_in_chunks(
-    reduce: Reduce, logits_of: Sequence[LogitsOf], per_state: Sequence[Tensor], states: int, at_once: int
+    reduce: Reduce,
+    logits_of: Sequence[LogitsOf],
+    per_state: Sequence[Tensor],
+    states: int,
+    at_once: int,
+    is_compiled: bool = False,
 ) -> Any:
     """`reduce` over all states, `at_once` of them at a time; gradients make the logits of a chunk a second time.
 
     `reduce` takes one (n, V) float32 tensor for each of `logits_of`, then the same n states of each of `per_state`.
     """
+    reduced = _compiled_reduced() if is_compiled else _reduced
 
     def reduce_chunk(chunk: slice) -> Any:
-        return reduce(*(of(chunk).float() for of in logits_of), *(t[chunk] for t in per_state))
+        return reduced(reduce, [of(chunk) for of in logits_of], [t[chunk] for t in per_state])
 
     if states <= at_once:
         return reduce_chunk(slice(0, states))
@@ -37,6 +46,15 @@ def reduce_in_chunks(
     if isinstance(parts[0], tuple):
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
     return torch.cat(parts)
+
+
+def _reduced(reduce: Reduce, logits: Sequence[Tensor], per_state: Sequence[Tensor]) -> Any:
+    return reduce(*(of_network.float() for of_network in logits), *per_state)
+
+
+@cache
+def _compiled_reduced() -> Callable[..., Any]:
+    return compiled(_reduced)
 
 
 Policy = Callable[[Tensor, Tensor | None], Tensor]  # logits and reference logits (N, V) -> log-probabilities (N, V)

@@ -39,3 +39,8 @@ class OptimisationSection(Section):
         "second time for the gradient; null: always whole",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Accelerate's autocast type")
+    torch_compile: bool = Field(
+        False,
+        description="run updates (not rollouts) by torch.compile: faster once the first ones have taken a minute or "
+        "two; numbers may differ in their last bits, also those of a resumed run",
+    )
