@@ -6,11 +6,13 @@ DIR holds train.jsonl of {"source", "references"}; rows are those of `ROWS`, all
 sides of a row take turns, --repeats times each after one turn that is not counted; the table shows medians and the
 range of the ratios of turns. --clock cpu counts the seconds that the process had its core, and not the wall's: for one
 thread on a machine that others use. Memory is a process's peak resident set above what it held before the first update.
+`accelerator` needs a CUDA device and no DIR.
 """
 
 import argparse
 from pathlib import Path
 
+from speed.accelerator import accelerator
 from speed.growth import growth
 from speed.memory import adapters, memory, print_peak
 from speed.replay import replay
@@ -18,11 +20,12 @@ from speed.rollouts import iteration, rollout
 from speed.scoring import scoring
 from speed.start import start
 from speed.table import CLOCKS, Settings
-from speed.updates import update, update_60m
+from speed.updates import compiled, update, update_60m
 
 ROWS = {
     "update": update,
     "update_60m": update_60m,
+    "compiled": compiled,
     "memory": memory,
     "adapters": adapters,
     "rollout": rollout,
@@ -31,6 +34,7 @@ ROWS = {
     "replay": replay,
     "growth": growth,
     "start": start,
+    "accelerator": accelerator,
 }
 
 
@@ -42,12 +46,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="keeps the warm start of `iteration`")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--peak-tflops", type=float, help="of the accelerator in bf16, where its name does not tell")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print_peak(options.peak)
         return
-    settings = Settings(options.data, options.output, options.repeats, CLOCKS[options.clock])
+    settings = Settings(options.data, options.output, options.repeats, CLOCKS[options.clock], options.peak_tflops)
     print("| what | lmdqn | the other | ratio (range) | bar |\n|---|---|---|---|---|")
     for name in options.rows or ROWS:
         for line in ROWS[name](settings):

@@ -3,14 +3,10 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import torch
-
-from lmdqn.episodes import Episode, Example
-from speed.material import loaded_model, texts_of
+from speed.against_trainer import update_and_step
+from speed.material import groups_of_random_words, loaded_model, texts_of
 from speed.table import Line, Settings
-from speed.updates import update_and_step
 
 PROMPT_TOKENS = 20
 GROWTH = {"groups": (8, 16, 32), "response tokens": (16, 32, 64, 128), "vocabulary": (2000, 4000, 8000)}
@@ -37,10 +33,7 @@ def _update_and_step(
 ) -> tuple[Callable[[], float], Callable[[], float]]:
     """On groups of four responses of one length."""
     loaded = loaded_model(texts, 160, 3, sizes["vocabulary"])
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(5, 200, (PROMPT_TOKENS + sizes["response tokens"],), generator=generator).tolist()
-    example = Example("", (), tuple(words[:PROMPT_TOKENS]), (), "")
-    episodes: list[Any] = [Episode(example, words[PROMPT_TOKENS:], True, i // 4) for i in range(4 * sizes["groups"])]
+    episodes = groups_of_random_words(sizes["groups"], PROMPT_TOKENS, sizes["response tokens"])
     return update_and_step(loaded, episodes, settings)
 
 

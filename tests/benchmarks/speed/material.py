@@ -18,17 +18,26 @@ def texts_of(data: Path) -> list[str]:
 
 def loaded_model(texts: list[str], width: int, layers: int, vocabulary: int, lora: bool = False) -> Any:
     """A GPT-2 of that size with random weights."""
-    from lmdqn.model.loading import LoadedModel, add_lora, load_model
-    from lmdqn.recipe import Lora, validate
+    from lmdqn.model.loading import LoadedModel, add_lora
+    from lmdqn.recipe import Lora
 
     config = {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 512}
-    scratch = {"family": "gpt2", "vocabulary_size": vocabulary, "config": config}
-    section = validate({"model": {"from_scratch": scratch}, "data": {"path": "."}}, "benchmark").model
-    loaded = load_model(section, texts, 0, 80)
-    loaded.model.resize_token_embeddings(vocabulary, mean_resizing=False)  # the data may not have so many
+    loaded = model_of_config(texts, "gpt2", config, vocabulary)
     if lora:
         adapted = add_lora(loaded.model, Lora(rank=16, target_modules="all-linear"), 0).eval()
         return LoadedModel(adapted, loaded.tokenizer, loaded.layout)
+    return loaded
+
+
+def model_of_config(texts: list[str], family: str, config: dict[str, Any], vocabulary: int) -> Any:
+    """A model of any family with random weights."""
+    from lmdqn.model.loading import load_model
+    from lmdqn.recipe import validate
+
+    scratch = {"family": family, "vocabulary_size": vocabulary, "config": config}
+    section = validate({"model": {"from_scratch": scratch}, "data": {"path": "."}}, "benchmark").model
+    loaded = load_model(section, texts, 0, 80)
+    loaded.model.resize_token_embeddings(vocabulary, mean_resizing=False)  # the texts may not have so many
     return loaded
 
 
@@ -54,3 +63,20 @@ def groups_of_references(rows: list[dict[str, Any]], loaded: Any) -> list[Any]:
             episodes[-1].reward = k / 4
     measure_matches(episodes)
     return episodes
+
+
+def groups_of_random_words(groups: int, prompt_tokens: int, response_tokens: int) -> list[Any]:
+    """Four responses of one length to each prompt, as truncated episodes; all prompts are equal."""
+    import torch
+
+    from lmdqn.episodes import Episode, Example
+
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(5, 200, (prompt_tokens + response_tokens,), generator=generator).tolist()
+    example = Example("", (), tuple(words[:prompt_tokens]), (), "")
+    return [Episode(example, words[prompt_tokens:], True, i // 4) for i in range(4 * groups)]
+
+
+def tokens_of(episodes: list[Any]) -> int:
+    """Those of SFT: each response with its prompt."""
+    return sum(len(e.example.prompt_ids) + len(e.response_ids) for e in episodes)

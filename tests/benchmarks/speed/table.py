@@ -42,6 +42,7 @@ class Settings:
     output: Path  # keeps the warm start of `iteration`
     repeats: int  # turns
     clock: Callable[[], float]
+    peak_tflops: float | None = None  # of the accelerator, dense and in bf16, where its name does not tell
 
     def seconds(self, work: Callable[[], object]) -> float:
         """What one call takes."""
