@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import speed
 import torch
+from accelerate.state import AcceleratorState
 from speed.accelerator import MODELS, Shape, flops, updates_on
 from speed.against_trainer import Manner
 from speed.material import groups_of_random_words, model_of_config
@@ -35,6 +36,7 @@ def test_an_update_is_measured_against_a_step(name: str, monkeypatch: pytest.Mon
     shape = Shape(MODELS[name].family, QWEN if MODELS[name].family == "qwen2" else T5, 300, **SIZES)
     lines = list(updates_on("cpu", {"tiny": shape}, SETTINGS))
     torch.compiler.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert [line.what.endswith("torch.compile") for line in lines] == [False, True]
     for line in lines:
         assert len(line.ratios) == 2

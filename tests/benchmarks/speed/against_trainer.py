@@ -2,10 +2,12 @@
 
 import copy
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -45,6 +47,7 @@ def update_and_step(
 def update_of(loaded: Any, episodes: list[Any], manner: Manner) -> Callable[[], None]:
     """One update of the default loss on the episodes, the optimiser's and the target's step included."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from lmdqn.learn.objective import loss_terms, q_loss
     from lmdqn.learn.optimisation import Optimiser
@@ -55,6 +58,7 @@ def update_of(loaded: Any, episodes: list[Any], manner: Manner) -> Callable[[], 
     from lmdqn.recipe import OptimisationSection, QLearningSection
 
     recipe = QLearningSection()
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, and another row may have had its own
     accelerator = Accelerator(cpu=manner.device == "cpu", mixed_precision=manner.precision)
     loaded.model.to(manner.device)
     networks = Networks.build(loaded, recipe.beta, 0, OptimisationSection().vocabulary_chunk_mib)
@@ -115,7 +119,7 @@ def trainer_step(
         trainer.train()
         return watch.took
 
-    return step
+    return patch.dict(os.environ)(step)  # precision and compiler, which it leaves there for whatever comes next
 
 
 def _row(episode: Any, layout: SequenceFormat) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks
 from lmdqn.recipe import OptimisationSection, QLearningSection, ReplaySection
 from speed.material import example_of, loaded_model, pairs, texts_of
-from speed.table import Line, Settings
+from speed.table import Line, Settings, set_aside
 
 SAMPLES, PROMPTS, TOKENS = 4, 16, 64  # of a group; of a rollout and a batch; of a response
 
@@ -31,6 +31,7 @@ def replay(settings: Settings) -> Iterator[Line]:
     for sampling, (small, large) in sizes.items():
         before, draws = _resident_bytes(), []
         for held, added_s in _fill(sampling, [small, large], examples, loaded.tokenizer):  # noqa: B007
+            set_aside()
             draws.append([_draw_seconds(held, generator)[0] for _ in range(settings.repeats + 1)][1:])
         what = f"replay of {large:,} episodes, {sampling}"
         ratios = [d / b for d, b in zip(draws[1], draws[0], strict=True)]
