@@ -26,55 +26,45 @@ from lmdqn.model.loading import LoadedModel, add_lora, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import trained_parameters
 from lmdqn.model.rollout import Rollout
-from lmdqn.model.vocabulary import (
-    Reduce,
-    Scores,
-    expected_score,
-    greatest,
-    is_best,
-    log_normaliser,
-    log_prob_of,
-    negative_kl,
-    score_of_best,
-    soft_expectation,
-    value_of,
-)
+from lmdqn.model.vocabulary import Reduce, Scores
 from lmdqn.recipe import Lora, QLearningSection, validate
 from tests.runs import write_splits
 
 BETA = 0.02
-GROUPED = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": GROUPED | {"intermediate_size": 48},
-    "gemma2": GROUPED | {"intermediate_size": 48, "head_dim": 8, "final_logit_softcapping": 2.0},
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0},
+    "llama": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    },
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
 }
 KINDS = {
-    "llama": QLearningSection(beta=BETA),
+    "llama": QLearningSection(beta=BETA, backup="soft_double"),
     "llama lora": QLearningSection(beta=BETA, backup="double"),
-    "gemma2": QLearningSection(beta=BETA, backup="soft_double"),
-    "t5": QLearningSection(beta=BETA, form="calibrated"),
-    "t5 lora": QLearningSection(beta=BETA, loss="path"),
+    "t5": QLearningSection(beta=BETA, loss="path"),
 }
 RELATIVE = Scores(relative=True, top_k=20)
 EXPLORATION = Exploration(temperature=0.7, top_k=50, epsilon=0.1, reference_top_k=30, reference_top_p=0.9)
 REDUCES: dict[str, tuple[Reduce, int]] = {  # what is made of the logits of so many networks
-    "log-probability": (log_prob_of, 1),
-    "logit": (value_of, 1),
-    "log-sum-exp": (lambda logits, _: log_normaliser(logits), 1),
-    "log-sum-exp at a temperature": (lambda logits, _: log_normaliser(logits, BETA), 1),
-    "max": (lambda logits, reference, _: greatest(logits, reference, RELATIVE), 2),
-    "max of raw logits": (lambda logits, _: greatest(logits, None, Scores(relative=False)), 1),
-    "argmax of another": (lambda logits, actor, prior, _: score_of_best(logits, actor, prior, RELATIVE), 3),
-    "greedy or not": (partial(is_best, scores=RELATIVE), 2),
+    "log-probability": (vocabulary.log_prob_of, 1),
+    "logit": (vocabulary.value_of, 1),
+    "log-sum-exp": (lambda logits, _: vocabulary.log_normaliser(logits), 1),
+    "log-sum-exp at a temperature": (lambda logits, _: vocabulary.log_normaliser(logits, BETA), 1),
+    "max": (lambda logits, reference, _: vocabulary.greatest(logits, reference, RELATIVE), 2),
+    "max of raw logits": (lambda logits, _: vocabulary.greatest(logits, None, Scores(relative=False)), 1),
+    "argmax of another": (lambda logits, actor, prior, _: vocabulary.score_of_best(logits, actor, prior, RELATIVE), 3),
+    "greedy or not": (partial(vocabulary.is_best, scores=RELATIVE), 2),
     "mean under a policy": (
-        lambda logits, actor, prior, _: expected_score(
+        lambda logits, actor, prior, _: vocabulary.expected_score(
             logits, actor, prior, Scores(relative=True), EXPLORATION.log_probs
         ),
         3,
     ),
-    "soft mean": (lambda logits, actor, _: soft_expectation(logits, actor, BETA), 2),
-    "KL": (lambda logits, actor, _: negative_kl(logits, actor), 2),
+    "soft mean": (lambda logits, actor, _: vocabulary.soft_expectation(logits, actor, BETA), 2),
+    "KL": (lambda logits, actor, _: vocabulary.negative_kl(logits, actor), 2),
 }
 
 

@@ -35,12 +35,12 @@ ON_ONE_CORE = Manner()
 
 
 def update_and_step(
-    loaded: Any, episodes: list[Any], settings: Settings, manner: Manner = ON_ONE_CORE
+    loaded: Any, episodes: list[Any], settings: Settings
 ) -> tuple[Callable[[], float], Callable[[], float]]:
     """Seconds of an update on the episodes, and of a step of `Trainer` on their tokens."""
     supervised = copy.deepcopy(loaded.model)
-    update = update_of(loaded, episodes, manner)
-    step = trainer_step(supervised, episodes, loaded.layout, settings.clock, manner)
+    update = update_of(loaded, episodes, ON_ONE_CORE)
+    step = trainer_step(supervised, episodes, loaded.layout, settings.clock, ON_ONE_CORE)
     return lambda: settings.seconds(update), step
 
 
@@ -117,6 +117,7 @@ def trainer_step(
         trainer = Trainer(model=model, args=arguments, train_dataset=rows * 2, data_collator=collate, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # or the next would wrap it again
         return watch.took
 
     return patch.dict(os.environ)(step)  # precision and compiler, which it leaves there for whatever comes next
@@ -132,6 +133,8 @@ def _row(episode: Any, layout: SequenceFormat) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Collate:
+    """Rows as one batch, padded on the right."""
+
     pad_id: int
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
