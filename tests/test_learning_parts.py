@@ -1,7 +1,5 @@
 """The budget's clock, early stopping, and the course of the learning rate."""
 
-import time
-
 import pytest
 
 from lmdqn.learn.budget import Budget
@@ -10,7 +8,7 @@ from tests.text_world import World, trainer_of, world_recipe
 
 
 class Clock:
-    """Stands in for `time.perf_counter`."""
+    """Stands in for the budget's clock."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -22,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(Budget, "clock", clock)
     return clock
 
 
@@ -78,6 +76,14 @@ def test_learning_ends_when_patience_has_run_out() -> None:
     trainer.run(lambda: {"reward": next(scores)}, lambda *step_last_better: told.append(step_last_better))
     assert [step for step, _, is_better in told if is_better] == [0, 2]
     assert told[-1] == (8, True, False)
+
+
+def test_every_step_moves_where_the_rate_falls_to_zero() -> None:
+    """Each takes the rate of its middle: of a rate of .1 over two steps three quarters, then one."""
+    trainer = trainer_of(World(), world_recipe(2, optimisation={"schedule": "linear"}))
+    rates = []
+    trainer.run(lambda: {"reward": 0.0}, lambda *_: rates.append(trainer.optimiser._adamw.param_groups[0]["lr"]))
+    assert rates[1:] == pytest.approx([0.075, 0.025])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -34,7 +34,7 @@ class Budget:
         now_s = self.clock() if self._pause_began_s is None else self._pause_began_s
         return now_s - self._started_s - self._paused_s
 
-    def progress(self, step: int) -> float:
+    def progress(self, step: float) -> float:
         """Share of the budget that is spent after `step` steps, 0 to 1, by whichever limit is nearer."""
         by_steps = step / self.max_steps if self.max_steps else 1.0
         by_seconds = self._agreed(self.seconds) / self.max_seconds if self.max_seconds else 0.0

@@ -175,7 +175,8 @@ class Trainer:
         try:
             groups = self._roll_out()
             count = self.recipe.replay.updates_per_rollout if self._may_learn else 0
-            updates = [self.updater.update(self.budget.progress(self.step + 1), self.exploration) for _ in range(count)]
+            progress = self.budget.progress(self.step + 0.5)  # its middle: where the rate falls to zero, all steps move
+            updates = [self.updater.update(progress, self.exploration) for _ in range(count)]
         except NotFinite as problem:
             self.step += 1
             self.skips.note(problem)

@@ -44,8 +44,8 @@ class Updater:
     def update(self, progress: float, exploration: Exploration) -> Update:
         """One update of the online network on a batch from the replay, then of the target network.
 
-        `progress` is the share of the phase's budget, 0 to 1, that is spent after this step; `exploration` is the
-        behaviour policy of the moment.
+        `progress` is the share of the phase's budget, 0 to 1, that is spent half-way through this step; `exploration`
+        is the behaviour policy of the moment.
 
         Raises:
             NotFinite: the loss or its gradient is not; it holds the batch's episodes.

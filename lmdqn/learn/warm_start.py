@@ -82,7 +82,7 @@ class WarmStart:
             _seed_dropout(recipe.seed, self._dropout)
             while not budget.spent(self.step):
                 chosen = [lessons[i] for i in self._walk.next(self.settings.batch_examples)]
-                factor = rate_factor("linear", budget.progress(self.step + 1), self.settings.warmup_share)
+                factor = rate_factor("linear", budget.progress(self.step + 0.5), self.settings.warmup_share)
                 self.step += 1
                 record = {"step": self.step, "seconds": budget.seconds, "rate_factor": factor}
                 try:

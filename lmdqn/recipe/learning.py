@@ -16,9 +16,9 @@ class WarmStartSection(Section):
 
 
 class OptimisationSection(Section):
-    learning_rate: float = Field(4e-4, gt=0, description="AdamW's rate in the Q-learning phase")
+    learning_rate: float = Field(2e-4, gt=0, description="AdamW's peak rate in the Q-learning phase")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="course of the rate over the budget, after the warm-up"
+        "linear", description="course of the rate over the budget, after the warm-up; linear and cosine fall to zero"
     )
     warmup_steps: int = Field(0, ge=0, description="steps with a rising rate")
     adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
