@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 
 class Budget:
-    """Spent at `max_steps`, or when `max_seconds` of wall-clock time have passed outside `paused()`.
+    """Spent at `max_steps`, or when `max_seconds` by the clock have passed outside `paused()`.
 
     `already_s` are the seconds that a run had worked before it was stopped; `agreed` makes one number of the seconds
     of several processes.
     """
 
-    clock: Callable[[], float] = staticmethod(time.perf_counter)  # in seconds; a benchmark may count CPU time instead
+    clock: Callable[[], float] = staticmethod(time.perf_counter)  # the wall's; a benchmark may count CPU time
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of work so far."""
+        """Seconds of work so far."""
         now_s = self.clock() if self._pause_began_s is None else self._pause_began_s
         return now_s - self._started_s - self._paused_s
 

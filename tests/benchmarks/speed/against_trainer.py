@@ -10,8 +10,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lmdqn.episodes import Batch, SequenceFormat, make_batch, micro_batches
+from lmdqn.learn.objective import loss_terms, q_loss
+from lmdqn.learn.optimisation import Optimiser
+from lmdqn.model.exploration import Exploration
+from lmdqn.model.networks import Networks
+from lmdqn.model.qnetwork import trained_parameters
+from lmdqn.model.rollout import measure_log_probs
+from lmdqn.recipe import OptimisationSection, QLearningSection
 from speed.table import Settings
 
 
@@ -46,17 +55,6 @@ def update_and_step(
 
 def update_of(loaded: Any, episodes: list[Any], manner: Manner) -> Callable[[], None]:
     """One update of the default loss on the episodes, the optimiser's and the target's step included."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    from lmdqn.learn.objective import loss_terms, q_loss
-    from lmdqn.learn.optimisation import Optimiser
-    from lmdqn.model.exploration import Exploration
-    from lmdqn.model.networks import Networks
-    from lmdqn.model.qnetwork import trained_parameters
-    from lmdqn.model.rollout import measure_log_probs
-    from lmdqn.recipe import OptimisationSection, QLearningSection
-
     recipe = QLearningSection()
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, and another row may have had its own
     accelerator = Accelerator(cpu=manner.device == "cpu", mixed_precision=manner.precision)
