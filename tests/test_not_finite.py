@@ -33,10 +33,10 @@ def score(responses, references, sources):
 def run_with(
     tmp_path: Path, write_data: Callable[..., Path], write_recipe: Callable[[Any], Path]
 ) -> Callable[..., list[dict[str, Any]]]:
-    """`run_with(value, when, most)`: the DQN lines of a run whose reward is `value` in some of its calls."""
+    """`run_with(value, when, most, overlap)`: the DQN lines of a run whose reward is `value` in some of its calls."""
     data = write_data()
 
-    def run(value: str, when: str, most: int) -> list[dict[str, Any]]:
+    def run(value: str, when: str, most: int, overlap: bool) -> list[dict[str, Any]]:
         reward = tmp_path / "reward.py"
         reward.write_text(CALLS.format(value=value, when=when), encoding="utf-8")
         size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
@@ -44,7 +44,7 @@ def run_with(
             "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": size}},
             "data": {"path": str(data), "max_response_tokens": 8},
             "reward": {"mix": {f"{reward}:score": 1}},
-            "rollout": {"prompts": 2, "samples": 2},
+            "rollout": {"prompts": 2, "samples": 2, "overlap_scoring": overlap},
             "replay": {"batch_groups": 2},
             "qlearning": {"max_steps": 4, "baseline": "none"},
             "optimisation": {"max_skipped": most},
@@ -58,20 +58,24 @@ def run_with(
     return run
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("value", ["float('nan')", "1e300"], ids=["reward", "gradient"])
-def test_a_step_is_skipped_and_counted(value: str, run_with: Callable[..., list[dict[str, Any]]]) -> None:
+def test_a_step_is_skipped_and_counted(
+    value: str, overlap: bool, run_with: Callable[..., list[dict[str, Any]]]
+) -> None:
     """Every second rollout; 1e300 is infinite in float32, and so is the gradient."""
-    lines = run_with(value, "calls % 2 == 1", 1)
+    lines = run_with(value, "calls % 2 == 1", 1, overlap)
     assert [line.get("skipped_updates", 0) for line in lines] == [1, 1, 2, 2]
     assert ["loss" in line for line in lines] == [False, True, False, True]
     assert all(math.isfinite(number) for line in lines for number in line.values() if not isinstance(number, str))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_too_many_in_a_row_end_the_run_and_keep_the_batch(
-    run_with: Callable[..., list[dict[str, Any]]], tmp_path: Path
+    overlap: bool, run_with: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"gradient .* more than 1 times in a row: its episodes are in .*batch\.json"):
-        run_with("1e300", "True", 1)
+        run_with("1e300", "True", 1, overlap)
     episodes = json.loads((tmp_path / "run" / "skipped_batch.json").read_text(encoding="utf-8"))
     assert len(episodes) == 4
     assert episodes[0]["reward"] == 1e300

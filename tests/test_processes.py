@@ -60,13 +60,22 @@ KINDS: dict[str, Changes] = {
         "qlearning": {"target_polyak": None, "target_copy_every": 3, "reference_reset_every": 2, "backup": "double"},
         "output": {"checkpoint_every_steps": 1, "keep_checkpoints": 9},
     },
+    # a rollout waits in every checkpoint, and now and then its scoring fails in one process or both
+    "overlap": {
+        "rollout": {"overlap_scoring": True},
+        "reward": {"mix": {"REWARD:now_and_then": 1}},
+        "qlearning": {"max_steps": 6, "reference_reset_every": 2},
+    },
     # now and then a gradient is not finite, in one process or both
     "skips": {"reward": {"mix": {"REWARD:score": 1}}, "qlearning": {"max_steps": 6}, "replay": {"fresh_share": 1.0}},
 }
-STOPPED = ("causal", "lora", "seq2seq", "offline")
+STOPPED = ("causal", "lora", "seq2seq", "offline", "overlap")
 REWARD = """
 def score(responses, references, sources):
     return [1e300 * len(r) if "three" in s else len(set(r)) / 9 for r, s in zip(responses, sources)]
+
+def now_and_then(responses, references, sources):
+    return [float("nan") if r.startswith("it is f") else len(set(r)) / 9 for r in responses]
 """
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'lmdqn[deepspeed]'"

@@ -151,6 +151,7 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
         (["replay.sampling=prioritised"], ["replay.sampling=prioritised", "replay.fresh_share"]),
         (["replay.learning_starts_episodes=5000"], ["replay.learning_starts_episodes", "replay.capacity_episodes"]),
         (["offline={path: x, rounds: 2}"], ["offline.rounds", "replay.fresh_share"]),
+        (["offline={path: x}", "rollout.overlap_scoring=true"], ["rollout.overlap_scoring", "offline"]),
         (
             ["offline={path: x, boltzmann_js_nats: 0.1}", "qlearning.form=classic"],
             ["offline.boltzmann_js_nats", "qlearning.form=classic"],

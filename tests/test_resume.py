@@ -43,6 +43,14 @@ KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "rollout": {"epsilon_greedy": True, "epsilon_start": 0.5, "epsilon_decay_steps": 4, "top_k": 20},
         },
     ),
+    "scoring overlaps the next rollout, a reference that moves": (
+        "gpt2",
+        {
+            "rollout": {"overlap_scoring": True},
+            "replay": {"fresh_share": 0.5, "demonstrations": 1, "updates_per_rollout": 2},
+            "qlearning": {"baseline": "running", "reference_reset_every": 3},
+        },
+    ),
     "path, cosine": ("gpt2", {"qlearning": {"loss": "path"}, "optimisation": {"schedule": "cosine"}}),
 }
 
@@ -182,6 +190,41 @@ def test_an_adapter_goes_on_too(family: str, recipe: Callable[..., lmdqn.Recipe]
     weights = {name for name in tensors if "networks" in name and "value_head" not in name}
     assert weights
     assert all("lora_" in name for name in weights)
+
+
+API = """
+from pathlib import Path
+
+calls = 0
+
+def score(responses, references, sources):
+    global calls
+    calls += len(responses) == 6  # of a rollout, not of an evaluation
+    if calls == 4 and not Path(__file__).with_name("up").exists():
+        raise ConnectionError("down")
+    return [len(set(response)) / 9 for response in responses]
+"""
+
+
+def test_what_could_not_be_scored_meanwhile_is_scored_when_the_run_goes_on(
+    recipe: Callable[..., lmdqn.Recipe], tmp_path: Path
+) -> None:
+    """The fourth rollout waits, without scores, in the checkpoint of the third step."""
+    (tmp_path / "api.py").write_text(API, encoding="utf-8")
+    changes: dict[str, dict[str, Any]] = {
+        "warm_start": {"epochs": 1},
+        "reward": {"mix": {f"{tmp_path}/api.py:score": 1.0}},
+        "rollout": {"overlap_scoring": True},
+        "output": {"checkpoint_every_steps": 1},
+    }
+    straight, broken = recipe("straight", **changes), recipe("broken", **changes)
+    with pytest.raises(UserError, match="failed with ConnectionError: down"):
+        lmdqn.train(broken)
+    assert (Path(broken.output.dir) / "checkpoints" / "last").resolve().name == "dqn-000003"
+    (tmp_path / "up").touch()
+    lmdqn.train(broken, resume=True)
+    lmdqn.train(straight)
+    assert_equal(Path(straight.output.dir), Path(broken.output.dir))
 
 
 def test_several_tasks_go_on_too(tree: Callable[..., dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lmdqn.background import in_background
 from lmdqn.episodes import Episode, Example
 from lmdqn.errors import UserError
 from lmdqn.recipe import REWARD_TERMS, QLearningSection, RewardSection
@@ -19,6 +20,8 @@ REFERENCES = [["the cat is on the mat .", "a cat sat there"], ["a b c d"], ["all
 SOURCES = ["one", "two", "three"]
 
 USER_FUNCTIONS = """
+import time
+
 def shortness(responses, references, sources):
     return [-len(response) for response in responses]
 
@@ -39,6 +42,12 @@ def stumbles(responses, references, sources):
 
 def crowded(responses, references, sources):
     raise MemoryError if len(responses) > 1 else ValueError
+
+def impatient(responses, references, sources):
+    raise TimeoutError("no answer")
+
+def sleeps(responses, references, sources):
+    time.sleep(1e6)
 
 def hangs(responses, references, sources):
     while True:
@@ -163,10 +172,33 @@ def test_user_function_that_gives_no_scores(user_file: Path, function: str, comp
         scores({f"my_rewards:{function}": 1})
 
 
+def test_a_timeout_of_ones_own_is_a_failure(user_file: Path) -> None:
+    with pytest.raises(UserError, match=r"impatient' failed with TimeoutError: no answer .*, for response 0 of 3"):
+        scores({"my_rewards:impatient": 1})
+
+
 def test_user_function_that_hangs(user_file: Path) -> None:
     with pytest.raises(UserError, match=r"longer than reward\.max_seconds=0\.05 for 3 responses, the first response 0"):
         scores({"my_rewards:hangs": 1}, max_seconds=0.05)
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["sleeps", "stumbles", "shortness", "not_a_number", "impatient"])
+def test_in_a_thread_it_ends_as_in_the_main_one(user_file: Path, name: str) -> None:
+    """Within the time it has, with the same scores or the same words."""
+
+    def outcome() -> Any:
+        try:
+            return scores({f"my_rewards:{name}": 1}, max_seconds=0.2)
+        except UserError as told:
+            return type(told), str(told)
+
+    assert in_background(outcome).result() == outcome()
+
+
+def test_metrics_in_a_thread_are_the_same_to_the_bit() -> None:
+    mix = dict.fromkeys(REWARD_TERMS, 0.1)
+    assert in_background(lambda: scores(mix)).result() == scores(mix)
 
 
 @pytest.mark.parametrize(

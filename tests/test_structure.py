@@ -10,7 +10,7 @@ import lmdqn
 
 PACKAGE = Path(lmdqn.__file__).parent
 FLOORS = [  # from the ground up; modules of one floor may import each other in the order they stand
-    ["lmdqn.errors", "lmdqn.whole_files", "lmdqn.recipe.section"],
+    ["lmdqn.errors", "lmdqn.background", "lmdqn.whole_files", "lmdqn.recipe.section"],
     [
         "lmdqn.recipe.model",
         "lmdqn.recipe.data",

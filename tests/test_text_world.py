@@ -150,20 +150,27 @@ def test_sentence_bleu_as_the_reward() -> None:
     assert texts[world.responses.index(best)] in references[0]
 
 
-def test_rollouts_of_its_own_reach_the_optimum() -> None:
+@pytest.mark.parametrize(
+    "exploration",
+    [
+        {"temperature": 2.0},
+        {"temperature": 2.0, "overlap_scoring": True},
+        {"epsilon_greedy": True, "epsilon_start": 1.0, "epsilon_end": 0.5},
+    ],
+)
+def test_rollouts_of_its_own_reach_the_optimum(exploration: dict[str, Any]) -> None:
     """No log: what is learnt from is sampled, Boltzmann or epsilon-greedy, and kept in the replay."""
-    for exploration in ({"temperature": 2.0}, {"epsilon_greedy": True, "epsilon_start": 1.0, "epsilon_end": 0.5}):
-        recipe = world_recipe(
-            150,
-            rollout={"prompts": 8, "samples": 8, "epsilon_decay": "exponential", **exploration},
-            replay={"batch_groups": 20, "fresh_share": 0.0, "capacity_episodes": 2048, "learning_starts_episodes": 64},
-            qlearning={"target_polyak": 0.3},
-            evaluation={"every_steps": 1000},
-        )
-        trainer = trainer_of(WORLD, recipe)
-        trainer.run(lambda: {"reward": 0.0}, lambda *_: None)
-        assert (learnt_q(WORLD, trainer) - WORLD.optimum(soft))[LIVE].abs().max() < 5 * TOLERANCE
-        assert len(trainer.replay) == 2048
+    recipe = world_recipe(
+        150,
+        rollout={"prompts": 8, "samples": 8, "epsilon_decay": "exponential", **exploration},
+        replay={"batch_groups": 20, "fresh_share": 0.0, "capacity_episodes": 2048, "learning_starts_episodes": 64},
+        qlearning={"target_polyak": 0.3},
+        evaluation={"every_steps": 1000},
+    )
+    trainer = trainer_of(WORLD, recipe)
+    trainer.run(lambda: {"reward": 0.0}, lambda *_: None)
+    assert (learnt_q(WORLD, trainer) - WORLD.optimum(soft))[LIVE].abs().max() < 5 * TOLERANCE
+    assert len(trainer.replay) == 2048
 
 
 def test_a_reset_of_the_reference_sharpens_the_policy_and_the_first_one_is_remembered() -> None:

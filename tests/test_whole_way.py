@@ -110,6 +110,7 @@ KINDS: dict[str, tuple[str, dict[str, Changes]]] = {
         "gpt2",
         {"replay": {"fresh_share": 0.5, "updates_per_rollout": 2, "demonstrations": 1}, "qlearning": {"max_steps": 25}},
     ),
+    "scoring overlaps the next rollout": ("gpt2", {"rollout": {"overlap_scoring": True}}),
     "hard target copies, Huber": (
         "gpt2",
         {

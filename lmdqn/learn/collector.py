@@ -1,6 +1,7 @@
 """New experience: draw prompts, roll out, add demonstrations, score and centre. What comes out goes into the replay."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from lmdqn.background import in_background
 from lmdqn.episodes import Episode, Example, by_group, demonstration
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.learn.packing import PackedEpisodes
@@ -31,6 +33,13 @@ class Prompt(NamedTuple):
     references: list[int]  # the numbers of those that join its group as demonstrations
 
 
+class Waiting(NamedTuple):
+    """This process's share of a rollout that is written, and scored in a thread until the next step asks for it."""
+
+    episodes: list[Episode]
+    scored: Future[None]
+
+
 @dataclass
 class Collector:
     """Gives groups of scored episodes, each group one prompt's samples and demonstrations."""
@@ -46,6 +55,7 @@ class Collector:
     groups_made: int = field(init=False, default=0)
     _walk: ExampleWalk = field(init=False)
     _running_rewards: dict[str, float] = field(init=False, default_factory=dict)  # by task
+    _waiting: Waiting | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._walk = ExampleWalk(
@@ -58,11 +68,56 @@ class Collector:
     def new_groups(self, exploration: Exploration) -> list[Group]:
         """Roll out the next prompts, add demonstrations, score and centre: whole groups, ready for the replay.
 
-        Each process does so for its share of the prompts, and all of them get all groups.
+        Each process does so for its share of the prompts, and all of them get all groups. With overlap_scoring these
+        were written by the call before, and what this one writes is scored while it is learnt from them.
 
         Raises:
             NotFinite: logits or rewards are not finite.
         """
+        if self.recipe.rollout.overlap_scoring:
+            written = self._scored_meanwhile(exploration)
+        else:
+            written = self._write(exploration)
+            self.processes.together(lambda: self.reward.score(written))
+        self.measure(written)
+        groups = [group for _, group in sorted(self.exchange(written).items())]
+        self._centre(groups)
+        return groups
+
+    def _scored_meanwhile(self, exploration: Exploration) -> list[Episode]:
+        """The rollout that waited, scored by now; another one is written and waits. The first call writes both."""
+        if self._waiting is None:
+            self._waiting = self._being_scored(self._write(exploration))
+        following = self._write(exploration)
+        self.settle()
+        ready, self._waiting = self._waiting, self._being_scored(following)
+        self.processes.together(ready.scored.result)
+        return ready.episodes
+
+    def _being_scored(self, episodes: list[Episode]) -> Waiting:
+        """Those of a checkpoint have their scores, unless scoring failed."""
+        unscored = [episode for episode in episodes if not episode.terms]
+        return Waiting(episodes, in_background(lambda: self.reward.score(unscored)))
+
+    def settle(self) -> None:
+        """Wait until nothing is being scored: a function that a user brings need not bear two calls at once."""
+        if self._waiting is not None:
+            wait([self._waiting.scored])
+
+    def forget_waiting(self) -> None:
+        """Drop the rollout that waits; the next call writes two again."""
+        self.settle()
+        self._waiting = None
+
+    def exchange(self, episodes: Sequence[Episode]) -> dict[int, Group]:
+        """Every process gives some whole groups, no two the same one: those of all, by their numbers."""
+        if self.processes.count > 1:
+            shares = self.processes.together(lambda: PackedEpisodes.of(episodes))
+            episodes = [episode for share in shares for episode in share.episodes()]
+        return {group[0].group: group for group in by_group(episodes)}
+
+    def _write(self, exploration: Exploration) -> list[Episode]:
+        """Samples and demonstrations of the next prompts; each process writes those of its share."""
         drawn = [self.examples[number] for number in self._walk.next(self.recipe.rollout.prompts)]
         prompts = [
             Prompt(example, group, self._reference_numbers(example))
@@ -74,22 +129,10 @@ class Collector:
         written: list[Episode] = []
         known = networks.reference.whole() if exploration.needs_reference else nullcontext(networks.reference)
         with networks.online.whole() as online, known as reference:
-            self.processes.together(lambda: written.extend(self._write(mine, exploration, online, reference)))
-        self.measure(written)
-        self.processes.together(lambda: self.reward.score(written))
-        shares = self.exchange(written)
-        groups = {prompt.group: shares[prompt.group] for prompt in prompts}
-        self._centre(list(groups.values()))
-        return list(groups.values())
+            self.processes.together(lambda: written.extend(self._sample(mine, exploration, online, reference)))
+        return written
 
-    def exchange(self, episodes: Sequence[Episode]) -> dict[int, Group]:
-        """Every process gives some whole groups, no two the same one: those of all, by their numbers."""
-        if self.processes.count > 1:
-            shares = self.processes.together(lambda: PackedEpisodes.of(episodes))
-            episodes = [episode for share in shares for episode in share.episodes()]
-        return {group[0].group: group for group in by_group(episodes)}
-
-    def _write(
+    def _sample(
         self, prompts: Sequence["Prompt"], exploration: Exploration, online: QNetwork, reference: QNetwork
     ) -> list[Episode]:
         """Samples and demonstrations of some prompts."""
@@ -133,18 +176,27 @@ class Collector:
             measure_log_probs(whole, unread, self.rollout.layout, self.recipe.optimisation.micro_batch_tokens, name)
 
     def state(self) -> dict[str, Any]:
-        """Where in the walk over the prompts it stands, for a checkpoint."""
-        return {
+        """Where in the walk over the prompts it stands, and the rollout that waits, for a checkpoint."""
+        state: dict[str, Any] = {
             "groups_made": self.groups_made,
             "walk": self._walk.state(),
             "running_rewards": dict(self._running_rewards),
         }
+        if self._waiting is not None:
+            self.settle()
+            groups = self.exchange(self._waiting.episodes)
+            state["waiting"] = [episode for _, group in sorted(groups.items()) for episode in group]
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` gave."""
         self.groups_made = state["groups_made"]
         self._walk.restore(state["walk"])
         self._running_rewards = dict(state["running_rewards"])
+        self._waiting = None
+        if "waiting" in state:
+            mine = self.processes.share(by_group(state["waiting"]))
+            self._waiting = self._being_scored([episode for group in mine for episode in group])
 
     def go_on_from(self, state: Mapping[str, Any], more: int) -> None:
         """Number groups after those of a finished run and `more` that joined them, and keep its running rewards."""

@@ -168,6 +168,7 @@ class Trainer:
             best = best_state()
             self.networks.restore(best["networks"])
             self.optimiser.restore(best["optimiser"])
+            self.collector.forget_waiting()  # the networks that are given up wrote it
             self.guards.start_again()
 
     def _step(self) -> dict[str, float]:
@@ -274,6 +275,7 @@ class Trainer:
 
     def _validate(self, validate: Validate) -> tuple[dict[str, float], bool]:
         """The target network's scores as they are logged, and whether it is the best so far."""
+        self.collector.settle()
         with self.budget.paused():
             scores = validate()
         score = scores[self.recipe.evaluation.metric]

@@ -30,6 +30,11 @@ class RolloutSection(Section):
     epsilon_greedy: bool = Field(
         False, description="explore by epsilon-greedy instead of Boltzmann: greedy, or uniform with probability epsilon"
     )
+    overlap_scoring: bool = Field(
+        False,
+        description="score a rollout while the last one is learnt from and the next one is written: for slow rewards; "
+        "rollouts are one step older",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

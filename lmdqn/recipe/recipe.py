@@ -193,6 +193,11 @@ class Recipe(Section):
                 f"qlearning.importance={qlearning.importance} needs to know the behaviour policy, and "
                 "replay.demonstrations have none: set 0 demonstrations, or importance=none"
             )
+        if offline is not None and self.rollout.overlap_scoring:
+            raise ValueError(
+                "rollout.overlap_scoring scores a rollout until the next step has written another, and with offline "
+                "only the first step of a round writes any: set overlap_scoring=false"
+            )
         if offline is not None and not offline.rounds and self.replay.demonstrations:
             raise ValueError(
                 "replay.demonstrations join rollouts, and with offline.rounds=0 there are none: set rounds, or log the "

@@ -7,13 +7,15 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lmdqn.background import in_background
 from lmdqn.errors import NotFinite, UserError
 from lmdqn.recipe import QLearningSection, RewardSection, TaskSection
 from lmdqn.text import metrics
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from lmdqn.episodes import Episode  # whose import of torch would take seconds
 
 RewardFunction = Callable[..., Sequence[float]]
+
+
+class _OverdueError(Exception):
+    """A function that a user brings was still at work when its time was up. (One may raise a TimeoutError itself.)"""
 
 
 class _Texts(NamedTuple):
@@ -168,9 +174,8 @@ def _call_own(
 
 def _guarded(name: str, function: RewardFunction, texts: _Texts, max_seconds: float | None) -> Sequence[float]:
     try:
-        with _time_limit(max_seconds):
-            return function(**texts.arguments())
-    except TimeoutError as error:
+        return _within(max_seconds, partial(function, **texts.arguments()))
+    except _OverdueError as error:
         raise UserError(
             f"reward {name!r} took longer than reward.max_seconds={max_seconds:g} for {len(texts.responses)} "
             f"responses, the first {texts.describe(0)}"
@@ -205,27 +210,35 @@ def _culprit(function: RewardFunction, texts: _Texts, max_seconds: float | None)
     """The first response for which the function fails when it is called for that one alone."""
     for i in range(len(texts.responses)):
         try:
-            with _time_limit(max_seconds):
-                function(**texts.one(i).arguments())
+            _within(max_seconds, partial(function, **texts.one(i).arguments()))
         except Exception:
             return texts.describe(i)
     return f"{len(texts.responses)} responses together, and for none of them alone"
 
 
-@contextmanager
-def _time_limit(seconds: float | None) -> Iterator[None]:
-    """TimeoutError after so many seconds, where signals can be had: in the main thread, outside compiled code."""
-    if seconds is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _within(seconds: float | None, call: Callable[[], Sequence[float]]) -> Sequence[float]:
+    """What a call gives, if it does so in time.
+
+    In the main thread a signal breaks in, outside compiled code. Others have no signals: there it is left to itself.
+
+    Raises:
+        _OverdueError: so many seconds have passed.
+    """
+    if seconds is None:
+        return call()
+    if threading.current_thread() is not threading.main_thread():
+        future = in_background(call)
+        if not wait([future], seconds).done:
+            raise _OverdueError
+        return future.result()
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
+        raise _OverdueError
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        return call()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
