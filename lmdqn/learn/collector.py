@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from lmdqn.background import in_background
 from lmdqn.episodes import Episode, Example, by_group, demonstration
+from lmdqn.errors import NotFinite
 from lmdqn.learn.match_features import measure_matches
 from lmdqn.learn.packing import PackedEpisodes
 from lmdqn.learn.processes import Processes
@@ -88,10 +89,13 @@ class Collector:
         """The rollout that waited, scored by now; another one is written and waits. The first call writes both."""
         if self._waiting is None:
             self._waiting = self._being_scored(self._write(exploration))
-        following = self._write(exploration)
-        self.settle()
-        ready, self._waiting = self._waiting, self._being_scored(following)
-        self.processes.together(ready.scored.result)
+        ready, following = self._waiting, self._write(exploration)
+        try:
+            self.processes.together(ready.scored.result)
+        except NotFinite:  # the run goes on without it; any other error ends the run, and nothing more is scored
+            self._waiting = self._being_scored(following)
+            raise
+        self._waiting = self._being_scored(following)
         return ready.episodes
 
     def _being_scored(self, episodes: list[Episode]) -> Waiting:

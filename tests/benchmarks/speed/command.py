@@ -15,6 +15,7 @@ from pathlib import Path
 from speed.accelerator import accelerator
 from speed.growth import growth
 from speed.memory import adapters, memory, print_peak
+from speed.overlap import overlap
 from speed.replay import replay
 from speed.rollouts import iteration, rollout
 from speed.scoring import scoring
@@ -31,6 +32,7 @@ ROWS = {
     "rollout": rollout,
     "iteration": iteration,
     "scoring": scoring,
+    "overlap": overlap,
     "replay": replay,
     "growth": growth,
     "start": start,
