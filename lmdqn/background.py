@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_background(work: Callable[[], T]) -> "Future[T]":
+def in_background(work: Callable[[], T]) -> Future[T]:
     """Begin work in a daemon thread (an executor's threads are waited for when Python ends).
 
     What it gives, or whatever it raises, is had from the future.

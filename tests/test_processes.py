@@ -231,7 +231,8 @@ def test_kinds_of_runs_in_two_processes(runs: Runs, in_two: Path) -> None:
     for kind in KINDS:
         assert_close(runs.alone(kind), in_two / "straight" / kind / "run")
     assert_the_target_moves_by_copies(in_two / "straight" / "in pieces" / "run")
-    assert_some_steps_are_skipped(in_two / "straight" / "skips" / "run")
+    for kind in ("overlap", "skips"):
+        assert_some_steps_are_skipped(in_two / "straight" / kind / "run")
     run = in_two / "straight" / "causal" / "run"
     assert len(replay(run)) == 4 * 5 * (2 + 1)
     assert any(one != other for one, other in longest(run, prompts=5, processes=2))

@@ -17,7 +17,7 @@ STEPS = 6  # of a turn; the first, which writes two rollouts where scoring overl
 RESPONSE_TOKENS = 32
 COMPUTE = """
 import os, sys, time
-os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])  # two processes are seldom moved apart so soon
+os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])  # the scheduler may leave it where it began
 while time.process_time() < float(sys.argv[1]):
     pass
 """
