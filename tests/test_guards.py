@@ -11,6 +11,7 @@ import lmdqn
 from lmdqn.learn.guards import FIRST_STEPS, SOUND_STEPS, Guards
 from lmdqn.recipe import GuardsSection, load_recipe
 from tests.runs import Listening
+from tests.text_world import World, trainer_of, world_recipe
 
 SOUND = {
     "reward": 0.5,
@@ -135,3 +136,25 @@ def test_a_run_warns_stops_or_goes_back(
         assert kl[15] == pytest.approx(0, abs=1e-5)  # the best was the start
     elif action == "warn":
         assert abs(kl[15]) > 1e-5
+
+
+def test_going_back_to_the_best_goes_back_to_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is reset after the third step, a guard fires after the fourth: what the reset one said is void."""
+    recipe = world_recipe(
+        5,
+        rollout={"prompts": 4, "samples": 2},
+        replay={"batch_groups": 4, "fresh_share": 0.0},
+        qlearning={"reference_reset_every": 3},
+        evaluation={"every_steps": 9},
+        guards={"action": "best"},
+    )
+    trainer = trainer_of(World(), recipe)
+    monkeypatch.setattr(trainer.guards, "check", lambda record: ["it fell"] if record["step"] == 4 else [])
+    start, known = trainer.state(), {}
+
+    def look(step: int, *_: bool) -> None:
+        known[step] = [episode.reference_log_probs is not None for episode in trainer.replay.episodes()]
+
+    trainer.run(lambda: {"reward": 0.0}, look, lambda: start)
+    assert any(known[2])
+    assert not any(known[4])
