@@ -39,7 +39,7 @@ def test_the_table_shows_results_intervals_gains_and_p(run: Path) -> None:
     gain = results["test"]["dqn"]["rougeL"] - results["test"]["mle"]["rougeL"]
     assert f"{gain:+.1f} {results['p_value']['rougeL']:.3f}" in text
     assert "The kept model is that of rollout 10" in text  # 50 + 10 * 20 against 50 + 20 * 10 at a later step
-    assert "Constant throughout: loss 2, beta 0.01." in text
+    assert "Constant throughout: loss 2, beta 0.004." in text
     assert "MLE 61 s" in text
     assert "DQN 2.0 min" in text
     assert "2.0 h" in text

@@ -13,7 +13,7 @@ from lmdqn.episodes import make_batch
 from lmdqn.learn.objective import q_loss
 from lmdqn.learn.targets import importance_weights
 from lmdqn.model.exploration import Exploration
-from lmdqn.recipe import Recipe
+from lmdqn.recipe import Recipe, RolloutSection
 from lmdqn.text.metrics import sentence_bleu
 from tests.text_world import (
     EOS,
@@ -28,6 +28,7 @@ from tests.text_world import (
 )
 
 BETA = 0.5
+TEMPERATURE = RolloutSection().temperature  # of the behaviour policy that the expected backup takes its mean under
 TOLERANCE = 0.01  # reward units; rewards lie between -1 and 1
 WORLD = World(vocabulary=4, length=3)
 LIVE = WORLD.live()
@@ -51,7 +52,8 @@ def hard_in_top_2(state: int, q: Tensor) -> Tensor:
 
 
 def expected(state: int, q: Tensor) -> Tensor:
-    return (q * (LOG_PRIOR[state] + q / BETA).softmax(0)).sum()
+    log_policy = LOG_PRIOR[state] + q / BETA
+    return (q * (log_policy / TEMPERATURE).softmax(0)).sum()
 
 
 ORACLES = {"soft": soft, "soft_double": soft, "hard": hard, "double": hard, "expected": expected}

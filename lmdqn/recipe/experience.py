@@ -1,6 +1,6 @@
 """Recipe sections `rollout` and `replay`: where episodes come from, and which of them an update sees."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,9 @@ class RolloutSection(Section):
         "uniform", description="each training prompt in turn, or each prompt length as often as any other"
     )
     samples: int = Field(4, ge=1, description="responses sampled for each prompt: one group")
-    temperature: float = Field(1.0, gt=0, description="Boltzmann exploration; 1 samples the policy itself")
+    temperature: float = Field(
+        0.7, gt=0, description="Boltzmann exploration; 1 samples the policy itself, and epsilon_greedy=true takes 1"
+    )
     top_k: int | None = Field(None, ge=1, description="explore only inside the policy's k likeliest tokens")
     reference_top_k: int | None = Field(
         None, ge=1, description="explore only inside the frozen reference's k likeliest tokens"
@@ -35,6 +37,13 @@ class RolloutSection(Section):
         description="score a rollout while the last one is learnt from and the next one is written: for slow rewards; "
         "rollouts are one step older",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy_or_boltzmann(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("epsilon_greedy") is True:
+            return {"temperature": 1.0} | given
+        return given
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -31,7 +31,7 @@ class QLearningSection(Section):
     path_value: Literal["group", "network"] = Field(
         "group", description="loss=path: value of the prompt in closed form from its group, or the network's"
     )
-    beta: float = Field(0.01, gt=0, description="temperature, in reward units per nat")
+    beta: float = Field(0.004, gt=0, description="temperature, in reward units per nat")
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     trace: float = Field(
         0.95, ge=0, le=1, description="lambda of the TD(lambda) target; 0 is one step, 1 the whole return"

@@ -40,7 +40,8 @@ PARTS: dict[str, list[str]] = {
     "actor 1": ["qlearning.actor=1"],
     "target: copies of 20": ["qlearning.target_polyak=null", "qlearning.target_copy_every=20"],
     "reference reset at 40": ["qlearning.reference_reset_every=40"],
-    "Boltzmann at .7": ["rollout.temperature=0.7"],
+    "beta .01": ["qlearning.beta=0.01"],
+    "Boltzmann at 1": ["rollout.temperature=1"],
     "epsilon-greedy in top 20": [
         "rollout.epsilon_greedy=true",
         "rollout.epsilon_start=0.3",
