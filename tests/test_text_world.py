@@ -51,9 +51,13 @@ def hard_in_top_2(state: int, q: Tensor) -> Tensor:
     return q[WORLD.reference[state].topk(2).indices].max()
 
 
-def expected(state: int, q: Tensor) -> Tensor:
+def of_the_policy(state: int, q: Tensor, temperature: float = 1.0) -> Tensor:
     log_policy = LOG_PRIOR[state] + q / BETA
-    return (q * (log_policy / TEMPERATURE).softmax(0)).sum()
+    return (q * (log_policy / temperature).softmax(0)).sum()
+
+
+def expected(state: int, q: Tensor) -> Tensor:
+    return of_the_policy(state, q, TEMPERATURE)
 
 
 ORACLES = {"soft": soft, "soft_double": soft, "hard": hard, "double": hard, "expected": expected}
@@ -288,7 +292,7 @@ def test_whole_returns_of_a_skewed_log_need_importance_weights(
     monkeypatch.setattr(WORLD, "episode", logged)
     settings = {"backup": "expected", "trace": 1.0, "importance": importance, "importance_clip": 1e4}
     recipe = world_recipe(450, qlearning={"target_polyak": 0.3, **settings})
-    error = miss(recipe, log, WORLD.optimum(expected))
+    error = miss(recipe, log, WORLD.optimum(of_the_policy))
     assert error < TOLERANCE if reaches else error > 5 * TOLERANCE
 
 
