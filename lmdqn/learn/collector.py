@@ -81,7 +81,7 @@ class Collector:
             written = self._write(exploration)
             self.processes.together(lambda: self.reward.score(written))
         self.measure(written)
-        groups = [group for _, group in sorted(self.exchange(written).items())]
+        groups = list(self.exchange(written).values())
         self._centre(groups)
         return groups
 
@@ -114,11 +114,12 @@ class Collector:
         self._waiting = None
 
     def exchange(self, episodes: Sequence[Episode]) -> dict[int, Group]:
-        """Every process gives some whole groups, no two the same one: those of all, by their numbers."""
+        """Every process gives some whole groups, no two the same one: those of all, in order of their numbers."""
         if self.processes.count > 1:
             shares = self.processes.together(lambda: PackedEpisodes.of(episodes))
             episodes = [episode for share in shares for episode in share.episodes()]
-        return {group[0].group: group for group in by_group(episodes)}
+        groups = sorted(by_group(episodes), key=lambda group: group[0].group)
+        return {group[0].group: group for group in groups}
 
     def _write(self, exploration: Exploration) -> list[Episode]:
         """Samples and demonstrations of the next prompts; each process writes those of its share."""
@@ -189,7 +190,7 @@ class Collector:
         if self._waiting is not None:
             self.settle()
             groups = self.exchange(self._waiting.episodes)
-            state["waiting"] = [episode for _, group in sorted(groups.items()) for episode in group]
+            state["waiting"] = [episode for group in groups.values() for episode in group]
         return state
 
     def restore(self, state: dict[str, Any]) -> None:

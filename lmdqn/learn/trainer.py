@@ -168,7 +168,8 @@ class Trainer:
             best = best_state()
             self.networks.restore(best["networks"])
             self.optimiser.restore(best["optimiser"])
-            self.replay.forget_reference()  # it may have been reset since
+            if self.recipe.qlearning.reference_reset_every is not None:
+                self.replay.forget_reference()  # it may have been reset since
             self.collector.forget_waiting()  # the networks that are given up wrote it
             self.guards.start_again()
 

@@ -10,6 +10,15 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from accelerate import Accelerator
+from rich.console import Console
+
+from lmdqn.learn.trainer import Trainer
+from lmdqn.model.networks import Networks
+from lmdqn.model.rollout import Rollout
+from lmdqn.recipe import validate
+from lmdqn.results.tracking import Tracker
+from lmdqn.text.rewards import TaskRewards
 from speed.material import example_of, loaded_model, pairs, texts_of
 from speed.table import Line, Settings, compare
 
@@ -58,17 +67,7 @@ def overlap(settings: Settings) -> Iterator[Line]:
         yield compare(what, ours, theirs, "steps/min", "")
 
 
-def _trainer(loaded: Any, examples: list[Any], mix: dict[str, float], overlaps: bool) -> Any:
-    from accelerate import Accelerator
-    from rich.console import Console
-
-    from lmdqn.learn.trainer import Trainer
-    from lmdqn.model.networks import Networks
-    from lmdqn.model.rollout import Rollout
-    from lmdqn.recipe import validate
-    from lmdqn.results.tracking import Tracker
-    from lmdqn.text.rewards import TaskRewards
-
+def _trainer(loaded: Any, examples: list[Any], mix: dict[str, float], overlaps: bool) -> Trainer:
     tree = {
         "model": {"from_scratch": {}},
         "data": {"path": "."},
@@ -84,7 +83,7 @@ def _trainer(loaded: Any, examples: list[Any], mix: dict[str, float], overlaps: 
     return Trainer(recipe, networks, rollout, examples, rewards, Accelerator(cpu=True), tracker)
 
 
-def _rollout_s(trainer: Any) -> float:
+def _rollout_s(trainer: Trainer) -> float:
     """What writing one takes."""
     prompts, samples = trainer.recipe.rollout.prompts, trainer.recipe.rollout.samples
     online, examples = trainer.networks.online, trainer.examples[:prompts]
@@ -96,7 +95,7 @@ def _rollout_s(trainer: Any) -> float:
     return median(took[1:])
 
 
-def _step_s(trainer: Any) -> float:
+def _step_s(trainer: Trainer) -> float:
     """The median of a turn's steps."""
     marks: list[float] = []
     trainer.run(lambda: {"reward": 0.0}, lambda *_: marks.append(time.perf_counter()))
