@@ -98,7 +98,8 @@ def test_the_best_of_a_group_is_that_of_greatest_value_in_its_last_state() -> No
 
         def __call__(self, batch: Batch, need_logits: bool) -> StateOutputs:
             first = 0 if len(batch.response_ids) != 2 or batch.groups[0] == 0 else 5
-            return StateOutputs(torch.zeros(1, 7), torch.tensor(values[first : first + int(batch.state_mask.sum())]))
+            here = torch.tensor(values[first : first + int(batch.state_mask.sum())])
+            return StateOutputs(torch.zeros(1, 7), here, hidden=torch.zeros(len(here), 1))
 
     network: Any = Judge()
     for at_once in (4, 2):

@@ -35,8 +35,11 @@ class FakeNetwork(nn.Module):
         self.values = nn.Parameter(torch.randn(states, generator=generator))
         self.offset = offset * torch.randn(states, 1, generator=generator)
 
-    def forward(self, batch: Batch, need_logits: bool = True) -> StateOutputs:
-        return StateOutputs(self.logits + self.offset, self.values)
+    def forward(self, batch: Batch) -> StateOutputs:
+        return StateOutputs(self.logits + self.offset, self.values, hidden=torch.zeros(len(self.values), 1))
+
+    def values_of(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        return self.values
 
 
 def q_loss(batch: Batch, online: Any, target: Any, recipe: QLearningSection, reference: Any = None) -> Learnt:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example
-from lmdqn.learn.replay import Draw, Group, Replay, _different
+from lmdqn.learn.replay import Draw, Group, Replay, _different, most_telling
 from lmdqn.model.memory import replay_bytes
 from lmdqn.recipe import ReplaySection, validate
 
@@ -155,6 +155,26 @@ def test_older_groups_are_copies_that_keep_what_they_are_measured_for() -> None:
             assert episode.reference_log_probs.tolist() == [-draw.number, -0.5]
     replay.forget_reference()
     assert all(e.reference_log_probs is None for e in replay.episodes())
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [(1.0, [0, 1, 2, 3, 4, 5]), (0.6, [0, 2, 4, 5]), (0.5, [0, 2, 4]), (0.1, [0, 2])],
+)
+def test_the_samples_furthest_from_their_mean_are_kept(share: float, kept: list[int]) -> None:
+    """Of six samples .4, .15, .5, 0, .3 and .25 from their mean of .5, and a reference, which stays."""
+    rewards = [0.9, 0.65, 0.0, 0.5, 0.2, 0.75]
+    group = [Episode(EXAMPLE, [7, 2], truncated=False, group=0, reward=reward) for reward in rewards]
+    reference = Episode(EXAMPLE, [7, 2], truncated=False, group=0, reward=1.0, demonstration=True)
+    telling = most_telling([*group, reference], share)
+    assert [number for number, episode in enumerate(group) if any(episode is one for one in telling)] == kept
+    assert telling[-1] is reference
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_fewer_than_two_samples_are_kept(size: int) -> None:
+    (group,) = rollout(0, size=size)
+    assert most_telling(group, 0.1) == group
 
 
 def test_the_memory_estimate_is_near_what_a_full_replay_takes() -> None:

@@ -53,7 +53,7 @@ def test_operations_by_hand() -> None:
     episodes = groups_of_random_words(2, 6, 4)
     ours, theirs = flops(loaded, episodes, Manner(micro_batch_tokens=10**6))
     in_rows = 2 * (6 + 4 * 4)  # a prompt of 6 with four responses, twice; a state after each cut response
-    assert ours == 8 * layers * in_rows + 6 * head * 8 * (4 + 1)
+    assert ours == 6 * (layers * in_rows + head * 8 * (4 + 1))
     assert theirs == 6 * (layers + head) * 8 * (6 + 4)
 
 

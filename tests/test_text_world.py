@@ -220,6 +220,21 @@ def test_rollouts_that_join_a_narrow_log_find_what_it_lacks(rounds: int, reaches
     assert len(trainer.replay) == 64 * rounds
 
 
+def test_keeping_the_most_telling_samples_moves_no_optimum() -> None:
+    """Three of eight, by their rewards: what is kept says nothing false of what is not."""
+    recipe = world_recipe(
+        250,
+        rollout={"prompts": 8, "samples": 8, "temperature": 2.0},
+        replay={"batch_groups": 50, "fresh_share": 0.2, "kept_share": 0.3, "capacity_episodes": 6000},
+        qlearning={"target_polyak": 0.3},
+        evaluation={"every_steps": 1000},
+    )
+    trainer = trainer_of(WORLD, recipe)
+    trainer.run(lambda: {"reward": 0.0}, lambda *_: None)
+    assert len(trainer.replay) == 8 * 3 * 250
+    assert (learnt_q(WORLD, trainer) - WORLD.optimum(soft))[LIVE].abs().max() < 5 * TOLERANCE
+
+
 def test_a_log_by_priority_reaches_the_optimum() -> None:
     recipe = world_recipe(
         400,

@@ -80,7 +80,6 @@ class Collector:
         else:
             written = self._write(exploration)
             self.processes.together(lambda: self.reward.score(written))
-        self.measure(written)
         groups = list(self.exchange(written).values())
         self._centre(groups)
         return groups

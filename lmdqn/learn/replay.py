@@ -1,5 +1,6 @@
 """The replay: prompt groups of episodes, kept whole, the oldest leaving first; and how a batch is drawn from it."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -215,6 +216,20 @@ class Replay:
     def _forget_all(self) -> None:
         self._older, self._older_by_number, self._fresh = [], {}, []
         self._episodes = self.tokens = 0
+
+
+def most_telling(group: Group, share: float) -> Group:
+    """The group with that share of its samples, no fewer than two: those whose rewards are furthest from their mean.
+
+    They have the largest advantages, so that an update, whose cost is by the token, learns most from them (Xu et al.
+    2025 do so in GRPO). At the optimum the residual of every response is zero, so the choice moves no optimum.
+    Demonstrations stay.
+    """
+    sampled = [episode for episode in group if not episode.demonstration]
+    mean = _mean_reward(sampled)
+    nearest_last = sorted(sampled, key=lambda episode: -abs(episode.reward - mean))
+    left = {id(episode) for episode in nearest_last[max(2, math.ceil(share * len(sampled))) :]}
+    return [episode for episode in group if id(episode) not in left]
 
 
 def _mean_reward(group: Group) -> float:

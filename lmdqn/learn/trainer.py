@@ -17,7 +17,7 @@ from lmdqn.learn.continuation import Continuation
 from lmdqn.learn.guards import Guards
 from lmdqn.learn.optimisation import Optimiser, Skips
 from lmdqn.learn.processes import Processes
-from lmdqn.learn.replay import Group, Replay
+from lmdqn.learn.replay import Group, Replay, most_telling
 from lmdqn.learn.step_record import Update, rollout_record, update_record
 from lmdqn.learn.updater import Updater
 from lmdqn.model.exploration import Exploration, exploration_at
@@ -200,7 +200,7 @@ class Trainer:
                 return []
             exploration = self._bounded(exploration)
         groups = self.collector.new_groups(exploration)
-        self.replay.add(groups)
+        self.replay.add([most_telling(group, self.recipe.replay.kept_share) for group in groups])
         return groups
 
     def _bounded(self, exploration: Exploration) -> Exploration:

@@ -75,6 +75,7 @@ class StateOutputs(NamedTuple):
 
     logits: Tensor  # (N, V); one row only where logits were not asked for, or come in chunks
     values: Tensor  # (N,) V(s) of the value head, reward units
+    hidden: Tensor  # (N, H) what the LM head and the value head read
     quantiles: Tensor | None = None  # (N, K) where the value head gives more than the mean, reward units
     logits_of: LogitsOf | None = None  # where logits come in chunks: those of some of the states
     at_once: int | None = None  # states in such a chunk
@@ -137,10 +138,14 @@ class QNetwork(nn.Module):
             logits = self.model(**self._inputs(batch), use_cache=False).logits.squeeze(0)  # (N, V) or (1, V)
         quantiles = self.value_head(seen[0], batch.value_features[batch.state_mask])  # (N, K)
         values, quantiles = quantiles.mean(-1), quantiles if quantiles.shape[-1] > 1 else None
-        is_compiled = bool(self._compiled)
+        outputs = StateOutputs(logits, values, seen[0], quantiles, is_compiled=bool(self._compiled))
         if not in_chunks:
-            return StateOutputs(logits, values, quantiles, is_compiled=is_compiled)
-        return StateOutputs(logits.detach(), values, quantiles, self._logits_later(seen[0]), at_once, is_compiled)
+            return outputs
+        return outputs._replace(logits=logits.detach(), logits_of=self._logits_later(seen[0]), at_once=at_once)
+
+    def values_of(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """(N,) V(s) of this network's value head at the states of the batch, from hidden states (N, H)."""
+        return self.value_head(hidden, batch.value_features[batch.state_mask]).mean(-1)
 
     def _logits_later(self, hidden: Tensor) -> LogitsOf:
         """Logits of some of the states, made when asked for, with gradient if there was one when it was made."""

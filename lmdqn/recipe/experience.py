@@ -12,7 +12,7 @@ class RolloutSection(Section):
     prompt_draw: Literal["uniform", "by_length"] = Field(
         "uniform", description="each training prompt in turn, or each prompt length as often as any other"
     )
-    samples: int = Field(4, ge=1, description="responses sampled for each prompt: one group")
+    samples: int = Field(8, ge=1, description="responses sampled for each prompt: one group")
     temperature: float = Field(
         0.7, gt=0, description="Boltzmann exploration; 1 samples the policy itself, and epsilon_greedy=true takes 1"
     )
@@ -74,6 +74,13 @@ class ReplaySection(Section):
     )
     reward_temperature: float = Field(0.1, gt=0, description="sampling=reward: of the softmax, in reward units")
     demonstrations: int = Field(0, ge=0, description="references that join each group as scored episodes")
+    kept_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="of each prompt's samples this share, and no fewer than two, joins the replay: those whose rewards "
+        "are furthest from their mean",
+    )
     batch_groups: int = Field(16, ge=1, description="prompt groups an update")
     fresh_share: float = Field(
         1.0, ge=0, le=1, description="share of a batch from the newest rollout; the rest is drawn by `sampling`"

@@ -93,10 +93,10 @@ def _line(what: str, shape: Shape, manner: Manner, settings: Settings) -> Line:
 
 
 def flops(loaded: Any, episodes: list[Any], manner: Manner) -> tuple[float, float]:
-    """Of an update and of an SFT step: 6 for each weight that a token passes, 2 where there is no gradient.
+    """Of an update and of an SFT step: 6 for each weight that a token passes.
 
-    Ours: 6 and the target network's 2 in the layers, on the tokens that rows hold (a shared prompt counts once), and
-    6 in the LM head, on the states alone. SFT: 6 in everything, on all tokens. Padding, the products inside attention,
+    Ours: in the layers, on the tokens that rows hold (a shared prompt counts once), and in the LM head, on the states
+    alone. SFT: in everything, on all tokens. Padding, the products inside attention,
     and logits made a second time do not count; all of a decoder's weights count on its own tokens.
     """
     layers = _weights(loaded.model.get_decoder())
@@ -107,7 +107,7 @@ def flops(loaded: Any, episodes: list[Any], manner: Manner) -> tuple[float, floa
         mask = batch.decoder_mask  # (R, L), or (R, 1, L, L) where rows are shared: a token sees itself
         tokens = int((mask if mask.dim() == 2 else mask.diagonal(dim1=-2, dim2=-1)).sum())
         encoded = 0 if batch.encoder_mask is None else int(batch.encoder_mask.sum())
-        ours += 8 * (layers * tokens + encoder * encoded) + 6 * head * len(batch.states)
+        ours += 6.0 * (layers * tokens + encoder * encoded + head * len(batch.states))
     prompts = sum(len(e.example.prompt_ids) for e in episodes)
     responses = sum(len(e.response_ids) for e in episodes)
     decoded = responses if loaded.layout.is_seq2seq else prompts + responses
