@@ -166,7 +166,8 @@ def test_log_then_offline_then_online(start: Path, command_line: Callable[..., R
     assert command_line("log", tmp_path / "start", "--output", log).code == 2
     offline = [f"offline={{path: {log}, rounds: 2, steps_per_round: 2, boltzmann_js_nats: 0.1}}", "warm_start=null"]
     offline += [f"model={{name: {tmp_path}/start/model}}", "qlearning.importance=episode", "qlearning.max_steps=6"]
-    offline += ["replay.fresh_share=0.5", "replay.sampling=prioritised", "qlearning.conservative=0.1"]
+    offline += ["replay.fresh_share=0.5", "replay.kept_share=1", "replay.sampling=prioritised"]
+    offline += ["qlearning.conservative=0.1"]
     done = command_line("train", start, *offline, f"output.dir={tmp_path}/offline")
     assert done.code == 0, done.err
     assert "log: 12 episodes of 3 prompts" in done.err

@@ -141,6 +141,7 @@ def world_recipe(updates: int, **sections: dict[str, Any]) -> Recipe:
     tree: dict[str, Any] = {
         "model": {"from_scratch": {}},
         "data": {"path": "."},
+        "replay": {"kept_share": 1.0},  # rare tokens are learnt from few samples: each of them counts
         "qlearning": {"beta": 0.5, "baseline": "none", "max_steps": updates, "value_learning_rate_scale": 1.0},
         "optimisation": {"learning_rate": 0.1, "schedule": "cosine", "clip_norm": 1e6, "adam_betas": [0.9, 0.99]},
     }
