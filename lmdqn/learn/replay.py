@@ -222,8 +222,8 @@ def most_telling(group: Group, share: float) -> Group:
     """The group with that share of its samples, no fewer than two: those whose rewards are furthest from their mean.
 
     They have the largest advantages, so that an update, whose cost is by the token, learns most from them (Xu et al.
-    2025 do so in GRPO). At the optimum the residual of every response is zero, so the choice moves no optimum.
-    Demonstrations stay.
+    2025 do so in GRPO). At the optimum of a soft or hard backup the residual of every response is zero, so the choice
+    moves no optimum; whole returns of the policy itself are a mean over samples, which it biases. Demonstrations stay.
     """
     sampled = [episode for episode in group if not episode.demonstration]
     mean = _mean_reward(sampled)
