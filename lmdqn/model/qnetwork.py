@@ -136,16 +136,21 @@ class QNetwork(nn.Module):
 
         with self.active(), self._compiled_inside(), head_reads(self.model, pick_states):
             logits = self.model(**self._inputs(batch), use_cache=False).logits.squeeze(0)  # (N, V) or (1, V)
-        quantiles = self.value_head(seen[0], batch.value_features[batch.state_mask])  # (N, K)
-        values, quantiles = quantiles.mean(-1), quantiles if quantiles.shape[-1] > 1 else None
-        outputs = StateOutputs(logits, values, seen[0], quantiles, is_compiled=bool(self._compiled))
+        quantiles = self._quantiles(batch, seen[0])
+        several = quantiles if quantiles.shape[-1] > 1 else None
+        outputs = StateOutputs(logits, quantiles.mean(-1), seen[0], several, is_compiled=bool(self._compiled))
         if not in_chunks:
             return outputs
         return outputs._replace(logits=logits.detach(), logits_of=self._logits_later(seen[0]), at_once=at_once)
 
     def values_of(self, batch: Batch, hidden: Tensor) -> Tensor:
         """(N,) V(s) of this network's value head at the states of the batch, from hidden states (N, H)."""
-        return self.value_head(hidden, batch.value_features[batch.state_mask]).mean(-1)
+        return self._quantiles(batch, hidden).mean(-1)
+
+    def _quantiles(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """(N, K) what the value head gives at the states of the batch; with one quantile, the mean itself."""
+        quantiles: Tensor = self.value_head(hidden, batch.value_features[batch.state_mask])
+        return quantiles
 
     def _logits_later(self, hidden: Tensor) -> LogitsOf:
         """Logits of some of the states, made when asked for, with gradient if there was one when it was made."""

@@ -96,8 +96,8 @@ def flops(loaded: Any, episodes: list[Any], manner: Manner) -> tuple[float, floa
     """Of an update and of an SFT step: 6 for each weight that a token passes.
 
     Ours: in the layers, on the tokens that rows hold (a shared prompt counts once), and in the LM head, on the states
-    alone. SFT: in everything, on all tokens. Padding, the products inside attention,
-    and logits made a second time do not count; all of a decoder's weights count on its own tokens.
+    alone. SFT: in everything, on all tokens. Padding, the products inside attention, and logits made a second time do
+    not count; all of a decoder's weights count on its own tokens.
     """
     layers = _weights(loaded.model.get_decoder())
     head = loaded.model.get_output_embeddings().weight.numel()
