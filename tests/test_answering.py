@@ -127,13 +127,23 @@ def test_values_are_those_that_inspect_shows(tmp_path: Path, talk: CommandLine, 
     save_file({name: tensor * 1.5 for name, tensor in load_file(run / "model/model.safetensors").items()},
               run / "reference/model.safetensors", metadata={"format": "pt"})  # fmt: skip
     head = ValueHead(32, VALUE_FEATURES, 0.01)
-    save_file(head.state_dict(), run / "model/value_head.safetensors", metadata={"scale": "0.01"})
+    save_file(head.state_dict(), run / "model/value_head.safetensors")
     ran = talk(run, "/values", "cat", "/values")
     assert ran.code == 0, ran.err
     assert ran.err == "(there is no response yet)\n"
     shown = command_line("inspect", run, "--prompt", "cat").out
     assert "value" in shown
     assert shown.split("value")[1].split() == ran.out.split("value")[1].split()
+
+
+def test_a_value_head_of_an_older_version_is_refused(tmp_path: Path, talk: CommandLine) -> None:
+    run = save_run(tmp_path / "run", chat=True)
+    shutil.copytree(run / "model", run / "reference")
+    tensors = ValueHead(32, VALUE_FEATURES, 0.01).state_dict()
+    del tensors["scale"]  # it stood elsewhere once
+    save_file(tensors, run / "model/value_head.safetensors")
+    ran = talk(run, "cat", "/values")
+    assert "value_head.safetensors was written by an older version of lmdqn" in ran.err
 
 
 def test_a_message_that_does_not_fit_ends_nothing(tmp_path: Path, talk: CommandLine) -> None:

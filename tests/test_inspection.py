@@ -102,7 +102,7 @@ def test_every_number_is_that_of_plain_transformers(moved: Path) -> None:
             features = (episode.match_features[t] - head["feature_mean"][:-1]) * head["feature_rate"][:-1]
             seen = torch.cat([hidden[place], features.clamp(-10, 10), torch.zeros(1)])  # it has no peers
             inner = torch.nn.functional.gelu(head["inner.weight"] @ seen + head["inner.bias"])
-            value = BETA * float(head["outer.weight"][0] @ inner + head["outer.bias"][0])
+            value = float(head["scale"]) * float(head["outer.weight"][0] @ inner + head["outer.bias"][0])
             nats = float(new[place, token] - old[place, token])
             assert step.value == pytest.approx(value, abs=1e-6)
             assert step.nats == pytest.approx(nats, abs=1e-5)

@@ -8,7 +8,7 @@ import torch
 from rouge_score import rouge_scorer
 
 from lmdqn.episodes import MATCH_FEATURES, VALUE_FEATURES, Episode, Example, SequenceFormat, make_batch
-from lmdqn.learn.match_features import feature_moments, mean_and_deviation, measure_matches, subsequence_lengths
+from lmdqn.learn.match_features import mean_and_deviation, measure_matches, subsequence_lengths, value_moments
 
 
 def measured(response: list[int], *references: list[int]) -> torch.Tensor:
@@ -101,19 +101,22 @@ def test_episodes_without_references_are_left_alone() -> None:
 
 
 def test_mean_and_deviation_are_over_the_states_that_know_a_feature() -> None:
-    """Three episodes of different lengths; one episode knows no match features, and none knows its peers."""
+    """Three episodes of different lengths; one episode knows no match features, none its peers, all their return."""
     generator = torch.Generator().manual_seed(0)
     layout = SequenceFormat(pad_id=0, eos_ids=(1,), decoder_prefix=None, context_tokens=None)
     example = Example("", ("",), (9,), (), "")
-    episodes = [Episode(example, [5] * n + [1], False, group=n) for n in (3, 1, 4)]
+    episodes = [Episode(example, [5] * n + [1], False, group=n, reward=n / 10, baseline=0.1) for n in (3, 1, 4)]
     for episode in episodes[:2]:
         episode.match_features = 3 * torch.rand(len(episode.response_ids) + 1, MATCH_FEATURES, generator=generator)
     known = torch.cat([e.match_features[:-1] for e in episodes if e.match_features is not None])  # the last is terminal
-    shares = [feature_moments([make_batch([episode], layout)]) for episode in episodes]
-    together = feature_moments([make_batch(episodes, layout)])
+    shares = [value_moments([make_batch([episode], layout)]) for episode in episodes]
+    together = value_moments([make_batch(episodes, layout)])
     torch.testing.assert_close(torch.stack(shares).sum(0), together)
     mean, deviation = mean_and_deviation(together)
-    assert mean.shape == deviation.shape == (VALUE_FEATURES,)
-    torch.testing.assert_close(mean[:-1], known.mean(0))
-    torch.testing.assert_close(deviation[:-1], known.std(0, correction=0))
-    assert mean[-1] == deviation[-1] == 0
+    assert mean.shape == deviation.shape == (VALUE_FEATURES + 1,)
+    torch.testing.assert_close(mean[:-2], known.mean(0))
+    torch.testing.assert_close(deviation[:-2], known.std(0, correction=0))
+    assert mean[-2] == deviation[-2] == 0
+    returns = torch.tensor([0.2] * 4 + [0.0] * 2 + [0.3] * 5)  # of each state's episode
+    torch.testing.assert_close(mean[-1], returns.mean())
+    torch.testing.assert_close(deviation[-1], returns.std(correction=0))

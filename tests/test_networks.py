@@ -138,7 +138,7 @@ def test_the_value_head_sees_features_by_their_distance_from_the_usual(loaded: L
     unknown = networks.online(batch).values
     mean, deviation = torch.full((VALUE_FEATURES,), 0.5), torch.full((VALUE_FEATURES,), 0.25)
     deviation[0] = 0.0  # this one never varied: nothing is to be learnt from it
-    networks.standardise(mean, deviation)
+    networks.standardise(mean, deviation, torch.tensor(0.1))
     batch.value_features[:] = 0.5
     assert torch.allclose(networks.online(batch).values, unknown)
     batch.value_features[..., 0] = 1.0
@@ -147,7 +147,7 @@ def test_the_value_head_sees_features_by_their_distance_from_the_usual(loaded: L
     seen = networks.online(batch).values
     assert not torch.allclose(seen, unknown)
     deviation[-1] = 1e-3
-    networks.standardise(mean, deviation)
+    networks.standardise(mean, deviation, torch.tensor(0.1))
     assert networks.online(batch).values.isfinite().all()  # 500 deviations away, it counts as 10
     for follower in (networks.target, networks.reference):
         assert torch.equal(follower.value_head.feature_rate, networks.online.value_head.feature_rate)

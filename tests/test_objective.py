@@ -1,6 +1,7 @@
 """What must hold of the losses on a real network: offsets change nothing, step 0 is known, gradients go one way."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lmdqn.recipe import QLearningSection
 from lmdqn.text.rewards import centre
 
 BETA = 0.5
+SPREAD = 0.2  # of returns
 LAYOUT = SequenceFormat(pad_id=0, eos_ids=(1,), decoder_prefix=None, context_tokens=None)
 DUELING = QLearningSection(beta=BETA, trace=0.7)
 PATH = QLearningSection(beta=BETA, loss="path")
@@ -27,6 +29,8 @@ CLASSIC = QLearningSection(beta=BETA, form="classic")
 
 class FakeNetwork(nn.Module):
     """Given logits (N, V) and values (N,) for the states of one batch, with an optional offset c(s)."""
+
+    value_head = SimpleNamespace(scale=torch.tensor(SPREAD))
 
     def __init__(self, states: int, seed: int, offset: float = 0.0):
         super().__init__()
@@ -108,6 +112,57 @@ def test_at_step_0_the_dueling_residual_is_minus_the_discounted_reward_over_beta
     learnt = q_loss(batch, network, network, QLearningSection(beta=BETA, trace=1.0))
     centred = batch.rewards.sum(1, keepdim=True)
     torch.testing.assert_close(learnt.residuals, -centred / BETA * batch.response_mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_q", "of_values"),
+    [
+        ({"trace": 0.5}, 0.5, 1.0),
+        ({"trace": 0.5, "value_trace": 0.8}, 0.5, 0.8),
+        ({"trace": 0.5, "backup": "expected"}, 0.5, 0.5),
+    ],
+)
+def test_q_and_the_value_head_learn_by_traces_of_their_own(
+    settings: dict[str, Any], of_q: float, of_values: float
+) -> None:
+    """One response of two tokens and the reward R: y_2 = R, y_1 = (1 - lambda) Vbar(s_2) + lambda (R - b_2).
+
+    V is a constant of Q's residual, and its own loss is half the squared (V - (y - beta l)) / spread.
+    """
+    recipe = QLearningSection(beta=BETA, **settings)
+    episode = Episode(Example("", ("",), (5,), (), ""), [3, 1], False, 0, reward=0.25)
+    episode.reference_log_probs = torch.tensor([-1.0, -2.0])
+    batch = make_batch([episode], LAYOUT)
+    online, target = fake(batch, 3), fake(batch, 4)
+    log_probs = online(batch).logits.log_softmax(-1).detach()
+    nats = torch.stack([log_probs[0, 3] + 1, log_probs[1, 1] + 2])
+    bonus = BETA * nats[1] if recipe.is_soft else torch.zeros(())
+
+    def targets(trace: float) -> Tensor:
+        """The target network is the reference here, so that Qbar = Vbar."""
+        return torch.stack([(1 - trace) * target.values[1] + trace * (0.25 - bonus), torch.tensor(0.25)]).detach()
+
+    learnt = q_loss(batch, online, target, recipe)
+    values = online.values.detach()
+    residuals = (values - targets(of_q)) / BETA + nats
+    torch.testing.assert_close(learnt.residuals[0], residuals)
+    errors = (values - (targets(of_values) - BETA * nats)) / SPREAD
+    torch.testing.assert_close(learnt.loss.detach(), (residuals.square().sum() + errors.square().sum()) / 2)
+    learnt.loss.backward()
+    torch.testing.assert_close(online.values.grad, errors / SPREAD)
+
+
+def test_the_value_of_a_path_learns_what_the_path_leaves() -> None:
+    """V(s_1) against R - beta sum_t l_t, in units of the returns' spread; the path residual moves the policy alone."""
+    recipe = PATH.model_copy(update={"path_value": "network"})
+    batch = two_groups()
+    online, target = fake(batch, 1), fake(batch, 2)
+    learnt = q_loss(batch, online, target, recipe)
+    learnt.loss.backward()
+    first = batch.state_mask.cumsum(1).sub(1)[:, 0] + torch.tensor([0, *batch.state_mask.sum(1).cumsum(0)[:-1]])
+    assert online.values.grad.nonzero().flatten().tolist() == first.tolist()
+    errors = learnt.residuals[:, 0] * BETA / SPREAD
+    torch.testing.assert_close(online.values.grad[first], errors / SPREAD)
 
 
 @pytest.mark.parametrize("recipe", [QLearningSection(beta=BETA, trace=1.0), PATH])

@@ -290,8 +290,8 @@ def assert_the_target_moves_by_copies(run: Path) -> None:
     """Every third update: it stays as it began, to the bit, then is the online network."""
 
     def learnt(name: str, role: str) -> bool:
-        """A weight; but the usual values of a value head's features are told to all heads at once."""
-        return f"/networks/{role}/" in name and "value_head.feature_" not in name
+        """A weight; but what is usual is told to all value heads at once."""
+        return f"/networks/{role}/" in name and not name.endswith(("feature_mean", "feature_rate", "scale"))
 
     networks = [
         {role: {n: t for n, t in tensors.items() if learnt(n, role)} for role in ("online", "target")}

@@ -96,6 +96,8 @@ def test_the_classic_form_reaches_the_optimum_in_a_table(backup: str, oracle: An
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "one step": {"trace": 0.0},
     "the whole return": {"trace": 1.0},
+    "one step, and of values too": {"trace": 0.0, "value_trace": 0.0},
+    "values of shorter traces": {"trace": 1.0, "value_trace": 0.5},
     "two steps": {"n_step": 2},
     "two steps, Watkins": {"n_step": 2, "backup": "hard"},
     "discounted": {"gamma": 0.8},

@@ -58,10 +58,11 @@ class TableHead(nn.Module):
     """A value for each prefix, zero at the start."""
 
     is_standardised = True  # it sees no features
+    scale: Tensor
 
     def __init__(self, prefixes: int, scale: float, quantiles: int):
         super().__init__()
-        self.scale = scale
+        self.register_buffer("scale", torch.tensor(scale))
         self.outer = nn.Linear(prefixes, quantiles, bias=False)
         nn.init.zeros_(self.outer.weight)
 
@@ -69,7 +70,7 @@ class TableHead(nn.Module):
         return self.scale * self.outer(hidden.detach().float())
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+        return dict(self.named_parameters()) | dict(self.named_buffers())
 
 
 class World:

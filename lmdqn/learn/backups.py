@@ -36,10 +36,16 @@ class Views:
     online: StateOutputs
     target: StateOutputs
     reference: StateOutputs | None  # only where `needs_reference` says so
+    value_scale: Tensor  # () the spread of returns, reward units: what the value head's errors are counted in
 
     @property
     def is_classic(self) -> bool:
         return self.recipe.form == "classic"
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether V is a head's, apart from the logits."""
+        return self.recipe.form == "dueling"
 
     @property
     def unit(self) -> float:
@@ -59,7 +65,7 @@ class Views:
 
     def base(self, outputs: StateOutputs) -> Tensor:
         """(N,) reward units: what all actions of a state have in common."""
-        if self.recipe.form == "dueling":
+        if self.has_value_head:
             return outputs.values
         if self.is_classic:
             return torch.zeros_like(outputs.values)

@@ -28,7 +28,7 @@ from lmdqn.whole_files import swap_in, write_link
 State = dict[str, Any]
 AfterStep = Callable[[int, bool, bool], None]  # (step, last of its phase, best so far on validation)
 TENSORS, REST, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FORMAT = 4
+FORMAT = 5
 DATA = "training_data_sha256"  # stands in REST, for which the manifest vouches: nothing vouches for the manifest
 
 

@@ -36,19 +36,22 @@ def measure_matches(episodes: Sequence[Episode]) -> None:
         assert episode.match_features.shape[1] == MATCH_FEATURES
 
 
-def feature_moments(batches: Sequence[Batch]) -> Tensor:
-    """What the value head is shown in these states: how many know each feature, its sum and its squares' sum.
+def value_moments(batches: Sequence[Batch]) -> Tensor:
+    """What the value head is shown in these states, and the return of their episodes, which it learns.
 
-    (3, VALUE_FEATURES) float64 on the CPU; those of several processes add up.
+    Of each, how many states know it, its sum and its squares' sum: (3, VALUE_FEATURES + 1) float64 on the CPU; those of
+    several processes add up.
     """
-    seen = torch.cat([batch.value_features[batch.state_mask] for batch in batches]).double()  # (N, F)
+    shown = torch.cat([batch.value_features[batch.state_mask] for batch in batches])  # (N, F)
+    returns = torch.cat([batch.rewards.sum(1).repeat_interleave(batch.state_mask.sum(1)) for batch in batches])  # (N,)
+    seen = torch.cat([shown, returns[:, None]], dim=1).double()
     known = seen.isfinite()
     seen = seen.where(known, 0.0)
     return torch.stack([known.sum(0), seen.sum(0), (seen**2).sum(0)]).cpu()
 
 
 def mean_and_deviation(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Each feature's mean and standard deviation, (F,) float32, from `feature_moments` (3, F)."""
+    """Each column's mean and standard deviation, (C,) float32, from `value_moments` (3, C)."""
     count, total, squares = moments
     mean = total / count.clamp(min=1)
     variance = squares / count.clamp(min=1) - mean**2

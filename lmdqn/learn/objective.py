@@ -68,29 +68,41 @@ def conservative_terms(batch: Batch, views: Views, log_probs: Tensor, log_ratios
 
 
 def _td_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor, weights: Tensor) -> Learnt:
-    """Q(s_t, a_t) of each token against its target; residuals in nats (classic: in reward)."""
+    """Q(s_t, a_t) of each token against its target; residuals in nats (classic: in reward).
+
+    A value head, the base of Q, is a constant here and learns by a loss of its own.
+    """
     recipe, unit = views.recipe, views.unit
     scores = batch.at_tokens(views.online.over_vocabulary(value_of, batch.actions)) if views.is_classic else log_ratios
-    bases = batch.at_states(views.base(views.online))  # (B, T + 1)
+    bases = batch.at_states(views.base(views.online))[:, :-1]  # (B, T)
     with torch.no_grad():
-        y = _targets(batch, views, scores)
+        y, returns = _targets(batch, views, scores)
         values = batch.at_states(BACKUPS[recipe.backup](replace(views, target=views.online)))
-    if views.online.quantiles is not None:
-        bases = bases.detach()  # the value head learns by its quantiles; their mean is Q's base
-    residuals = (bases[:, :-1] - y) / unit + scores
+    residuals = ((bases.detach() if views.has_value_head else bases) - y) / unit + scores
     learnt = _learnt(residuals, weights, log_ratios, values, recipe)
-    if views.online.quantiles is not None:
-        samples = (y / unit - scores).detach()[batch.response_mask]
-        quantiles = views.online.quantiles[batch.acting] / unit
-        learnt.loss = learnt.loss + quantile_loss(quantiles, samples, weights[batch.response_mask])
+    if views.has_value_head:
+        learnt.loss = learnt.loss + _value_loss(batch, views, bases, returns, weights)
     if recipe.actor:
         advantages = -learnt.residuals if recipe.is_soft else (y - learnt.values) / unit
         learnt.loss = learnt.loss - recipe.actor * (weights * advantages * log_probs).sum()
     return learnt
 
 
-def _targets(batch: Batch, views: Views, scores: Tensor) -> Tensor:
-    """(B, T) targets of Q(s_t, a_t), by the recipe's backup and return."""
+def _value_loss(batch: Batch, views: Views, values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
+    """Of the value head, () summed over tokens: V(s_t) against the return from s_t on, in units of its spread.
+
+    values, returns, weights (B, T). Whole returns owe nothing to what V says by now, so it is soon right enough for Q
+    to bootstrap from it early (traces apart for policy and value: Yuan et al. 2025, in PPO).
+    """
+    if views.online.quantiles is None:
+        return residual_loss((values - returns) / views.value_scale, weights, None)
+    mask = batch.response_mask
+    quantiles = views.online.quantiles[batch.acting] / views.value_scale
+    return quantile_loss(quantiles, returns[mask] / views.value_scale, weights[mask])
+
+
+def _targets(batch: Batch, views: Views, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) targets of Q(s_t, a_t) by the recipe's backup and return, and of V(s_t) by its backup and value_trace."""
     recipe = views.recipe
     values = batch.at_states(BACKUPS[recipe.backup](views))  # (B, T + 1)
     bonuses, greedy = torch.zeros_like(scores), None
@@ -101,9 +113,9 @@ def _targets(batch: Batch, views: Views, scores: Tensor) -> Tensor:
     elif recipe.backup in ("hard", "double"):
         greedy = batch.at_tokens(is_greedy(views, batch.actions)).bool()
     continues = continuing(batch.response_mask, greedy)
-    if recipe.n_step is not None:
-        return n_step_targets(batch.rewards, values, bonuses, continues, recipe.gamma, recipe.n_step)
-    return lambda_targets(batch.rewards, values, bonuses, continues, recipe.gamma, recipe.trace)
+    terms = batch.rewards, values, bonuses, continues, recipe.gamma
+    of_q = lambda_targets(*terms, recipe.trace) if recipe.n_step is None else n_step_targets(*terms, recipe.n_step)
+    return of_q, lambda_targets(*terms, recipe.trace_of_values) - views.unit * scores
 
 
 def _path_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor, weights: Tensor) -> Learnt:
@@ -122,19 +134,26 @@ def _path_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor
         first_values = group_values(returns, batch.groups)
         last_values = torch.zeros_like(first_values)
         values = first_values[:, None].expand(-1, log_ratios.shape[1] + 1)
-    residuals = path_residuals(first_values, last_values, log_ratios, batch.rewards, gammas, recipe.beta)
-    return _learnt(residuals[:, None], weights[:, :1], log_ratios, values, recipe)
+    learns_value = recipe.path_value == "network" and views.has_value_head
+    constant = first_values.detach() if learns_value else first_values
+    residuals = path_residuals(constant, last_values, log_ratios, batch.rewards, gammas, recipe.beta)[:, None]
+    learnt = _learnt(residuals, weights[:, :1], log_ratios, values, recipe)
+    if learns_value:
+        left = constant - recipe.beta * residuals.detach().squeeze(1)  # what the path leaves for V(s_1)
+        errors = (first_values - left) / views.value_scale
+        learnt.loss = learnt.loss + residual_loss(errors[:, None], weights[:, :1], None)
+    return learnt
 
 
 def _look(batch: Batch, networks: Networks, recipe: QLearningSection, exploration: Exploration) -> Views:
     """Run the networks that the recipe's form, backup and loss need."""
-    online = networks.online(batch)
+    online, scale = networks.online(batch), networks.online.value_head.scale
     if recipe.loss == "path" and recipe.path_value == "group":
-        return Views(recipe, exploration, online, target=online, reference=None)  # the value is in closed form
+        return Views(recipe, exploration, online, target=online, reference=None, value_scale=scale)  # V in closed form
     with torch.no_grad():
         target = networks.target(batch) if needs_target_logits(recipe) else _followed(batch, networks, online)
         reference = networks.reference(batch) if needs_reference(recipe, exploration) else None
-    return Views(recipe, exploration, online, target, reference)
+    return Views(recipe, exploration, online, target, reference, scale)
 
 
 def _followed(batch: Batch, networks: Networks, online: StateOutputs) -> StateOutputs:

@@ -10,7 +10,7 @@ import torch
 from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch, micro_batches, shortest_episode
 from lmdqn.errors import NotFinite
 from lmdqn.learn.collector import Collector
-from lmdqn.learn.match_features import feature_moments, mean_and_deviation
+from lmdqn.learn.match_features import mean_and_deviation, value_moments
 from lmdqn.learn.objective import Learnt, loss_terms, q_loss
 from lmdqn.learn.optimisation import Optimiser, rate_factor
 from lmdqn.learn.processes import Processes, deal
@@ -57,9 +57,10 @@ class Updater:
         episodes = self._dealt(self.replay.draw(recipe.replay.batch_groups, self.generator, correction))
         parts = micro_batches(episodes, layout, recipe.optimisation.micro_batch_tokens)
         batches = [make_batch(part, layout).to(device) for part in parts]
-        if recipe.qlearning.value_sees_references and not self.networks.online.value_head.is_standardised:
-            moments = self.processes.together(lambda: feature_moments(batches))
-            self.networks.standardise(*mean_and_deviation(torch.stack(moments).sum(0)))
+        if not self.networks.online.value_head.is_standardised:
+            moments = self.processes.together(lambda: value_moments(batches))
+            mean, deviation = mean_and_deviation(torch.stack(moments).sum(0))
+            self.networks.standardise(mean[:-1], deviation[:-1], deviation[-1])
         terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
         learnt: list[Learnt] = []
 

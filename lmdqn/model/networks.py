@@ -90,10 +90,10 @@ class Networks:
         if copy_every is not None and update % copy_every == 0:
             self.target.restore(self.online.weights())
 
-    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """Tell every value head the mean and standard deviation (F,) of its features."""
+    def standardise(self, mean: Tensor, deviation: Tensor, of_returns: Tensor) -> None:
+        """Tell every value head the mean and standard deviation (F,) of its features, and the latter of returns, ()."""
         for network in self._all().values():
-            network.value_head.standardise(mean, deviation)
+            network.value_head.standardise(mean, deviation, of_returns)
 
     def compile_layers(self) -> None:
         """Have all of them read whole responses by compiled layers."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -25,25 +25,25 @@ FAR = 10.0  # standard deviations from the mean, past which the value head does 
 class ValueHead(nn.Module):
     """V(s) from the last hidden state and, in training, from how the response so far matches the references.
 
-    Zero at the start. The network's output is in nats and `scale` (the temperature beta) turns it into reward units,
-    so that its gradient through the Bellman residual is as large as that of a log-probability. No gradient goes into
-    the language model: with it, updates were measured to run away. Features count by how far they are from their
-    usual value: it learns several times faster so. It computes in float32 under autocast too: an error of V is
+    Zero at the start. `scale`, the spread of returns, turns the network's output into reward units, and features count
+    by how far they are from their usual value: it learns several times faster so. No gradient goes into the language
+    model: with it, updates were measured to run away. It computes in float32 under autocast too: an error of V is
     divided by beta in every residual.
     """
 
     feature_mean: Tensor  # (F,)
     feature_rate: Tensor  # (F,) one over the standard deviation
+    scale: Tensor  # () reward units
 
     def __init__(self, hidden: int, features: int, scale: float, quantiles: int = 1):
         super().__init__()
-        self.scale = scale
         self.inner = nn.Linear(hidden + features, hidden)
         self.outer = nn.Linear(hidden, quantiles)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_rate", torch.ones(features))
+        self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """hidden (N, H), features (N, F) -> (N, K) quantiles of the return (or, with one, its mean), reward units.
@@ -61,13 +61,17 @@ class ValueHead(nn.Module):
 
     @property
     def is_standardised(self) -> bool:
-        """Whether it knows its features' usual values: from its first batch, or from a run that it continues."""
+        """Whether it knows what is usual: from its first batch, or from a run that it continues."""
         return bool((self.feature_rate != 1).any())
 
-    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """From here on see features (F,) less their mean, over their deviation; one that does not vary, not at all."""
+    def standardise(self, mean: Tensor, deviation: Tensor, of_returns: Tensor) -> None:
+        """From here on see features (F,) less their mean, over their deviation; one that does not vary, not at all.
+
+        `of_returns` () is the deviation of what it learns, in reward units; where nothing varies its scale stays.
+        """
         self.feature_mean.copy_(mean)
         self.feature_rate.copy_(torch.where(deviation > 1e-6, 1 / deviation, 0.0))
+        self.scale.copy_(torch.where(of_returns > 1e-6, of_returns, self.scale))
 
 
 class StateOutputs(NamedTuple):
@@ -270,8 +274,9 @@ def load_value_head(folder: Path, hidden: int) -> ValueHead:
     file = folder / "value_head.safetensors"
     if not file.exists():
         raise UserError(f"{file} is missing: without it there is no value")
-    with safe_open(str(file), framework="pt") as saved:
-        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
-        head = ValueHead(hidden, VALUE_FEATURES, float(saved.metadata()["scale"]), len(tensors["outer.bias"]))
+    tensors = load_file(file)
+    if "scale" not in tensors:
+        raise UserError(f"{file} was written by an older version of lmdqn, whose value heads this one cannot read")
+    head = ValueHead(hidden, VALUE_FEATURES, float(tensors["scale"]), len(tensors["outer.bias"]))
     head.load_state_dict(tensors)
     return head

@@ -34,7 +34,13 @@ class QLearningSection(Section):
     beta: float = Field(0.004, gt=0, description="temperature, in reward units per nat")
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     trace: float = Field(
-        0.95, ge=0, le=1, description="lambda of the TD(lambda) target; 0 is one step, 1 the whole return"
+        0.8, ge=0, le=1, description="lambda of the TD(lambda) target of Q; 0 is one step, 1 the whole return"
+    )
+    value_trace: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="lambda of the target that the value head learns; null: 1, but with backup=expected that of Q",
     )
     n_step: int | None = Field(None, ge=1, description="an n-step target instead of TD(lambda)")
     baseline: Literal["group", "running", "none"] = Field(
@@ -94,6 +100,13 @@ class QLearningSection(Section):
     def is_soft(self) -> bool:
         """Whether values are entropy-regularised, so that log-ratios are part of the return."""
         return self.backup in SOFT_BACKUPS
+
+    @property
+    def trace_of_values(self) -> float:
+        """Lambda of what the value head learns: the whole return, where that is right for any policy's data."""
+        if self.value_trace is not None:
+            return self.value_trace
+        return self.trace if self.backup == "expected" else 1.0
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -105,7 +105,7 @@ class RunFolder:
                     model.generation_config.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             head = {name: p.detach().cpu().contiguous() for name, p in network.value_head.tensors().items()}
-            save_file(head, fresh / "value_head.safetensors", metadata={"scale": str(network.value_head.scale)})
+            save_file(head, fresh / "value_head.safetensors")
 
         with writing(folder):
             swap_in(folder, fill)
