@@ -191,7 +191,7 @@ def test_possible_pair_is_taken(write_recipe: WriteRecipe, overrides: list[str])
 def test_the_classic_form_is_the_textbooks_unless_told(write_recipe: WriteRecipe) -> None:
     file = write_recipe(SMALLEST)
     default, classic = (load_recipe(file, [f"qlearning.form={form}"]).qlearning for form in ("dueling", "classic"))
-    assert (default.backup, default.trace) == ("soft", 0.8)
+    assert (default.backup, default.trace) == ("soft", 0.95)
     assert (classic.backup, classic.trace) == ("hard", 0.0)
     assert load_recipe(file, ["qlearning.form=classic", "qlearning.trace=0.5"]).qlearning.trace == 0.5
 

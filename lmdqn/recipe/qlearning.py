@@ -34,7 +34,7 @@ class QLearningSection(Section):
     beta: float = Field(0.004, gt=0, description="temperature, in reward units per nat")
     gamma: float = Field(1.0, gt=0, le=1, description="discount a token")
     trace: float = Field(
-        0.8, ge=0, le=1, description="lambda of the TD(lambda) target of Q; 0 is one step, 1 the whole return"
+        0.95, ge=0, le=1, description="lambda of the TD(lambda) target of Q; 0 is one step, 1 the whole return"
     )
     value_trace: float | None = Field(
         None,

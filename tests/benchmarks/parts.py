@@ -29,6 +29,7 @@ PARTS: dict[str, list[str]] = {
     "return: one step": ["qlearning.trace=0"],
     "return: whole": ["qlearning.trace=1"],
     "return: 5 steps": ["qlearning.n_step=5"],
+    "the value head by the trace of Q": ["qlearning.value_trace=0.95"],
     "gamma .98": ["qlearning.gamma=0.98"],
     "Huber 10": ["qlearning.huber_delta=10"],
     "path, group": ["qlearning.loss=path"],
