@@ -321,7 +321,10 @@ def test_the_public_recipe_names_no_folder(tmp_path: Path) -> None:
 
 
 EQUATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "default": ({}, ["beta log(pi(a|s)", "lambda [ y_{t+1} - beta log", "log sum_a pi_0", "- y_t) / beta)^2", "lambda = 1, by its"]),
+    "default": (
+        {},
+        ["beta log(pi(a|s)", "lambda [ y_{t+1} - beta log", "log sum_a pi_0", "- y_t) / beta)^2", "lambda = 1, by its"],
+    ),
     "quantiles": ({"value_quantiles": 4, "value_trace": 0.9}, ["lambda = 0.9, by quantile regression"]),
     "textbook": (
         {"form": "classic"},
