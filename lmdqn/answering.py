@@ -62,7 +62,7 @@ def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Ca
     decoding, qlearning = recipe.decoding, recipe.qlearning
     folder, hidden = RunFolder(Path(run_or_model)), hidden_size(loaded.model)
     if decoding.method == "best_of_n":
-        if qlearning.form != "dueling" or qlearning.loss == "path" or qlearning.value_sees_references:
+        if not qlearning.has_value_head or qlearning.loss == "path" or qlearning.value_sees_references:
             raise UserError(
                 "decoding.method=best_of_n ranks by a value head that needs no references: train with "
                 "qlearning.form=dueling, loss=td and value_sees_references=false"

@@ -43,11 +43,6 @@ class Views:
         return self.recipe.form == "classic"
 
     @property
-    def has_value_head(self) -> bool:
-        """Whether V is a head's, apart from the logits."""
-        return self.recipe.form == "dueling"
-
-    @property
     def unit(self) -> float:
         """Reward units in one score."""
         return 1.0 if self.is_classic else self.recipe.beta
@@ -65,7 +60,7 @@ class Views:
 
     def base(self, outputs: StateOutputs) -> Tensor:
         """(N,) reward units: what all actions of a state have in common."""
-        if self.has_value_head:
+        if self.recipe.has_value_head:
             return outputs.values
         if self.is_classic:
             return torch.zeros_like(outputs.values)
@@ -86,12 +81,12 @@ def needs_reference(recipe: QLearningSection, exploration: Exploration) -> bool:
         return True
     if recipe.backup == "expected" and exploration.needs_reference:
         return True
-    return recipe.form == "dueling" and not recipe.is_soft
+    return recipe.has_value_head and not recipe.is_soft
 
 
 def needs_target_logits(recipe: QLearningSection) -> bool:
     """Whether the target's logits are asked for: the dueling soft backup takes its value head alone."""
-    return not (recipe.form == "dueling" and recipe.backup == "soft")
+    return not (recipe.has_value_head and recipe.backup == "soft")
 
 
 def soft(views: Views) -> Tensor:

@@ -78,9 +78,9 @@ def _td_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor, 
     with torch.no_grad():
         y, returns = _targets(batch, views, scores)
         values = batch.at_states(BACKUPS[recipe.backup](replace(views, target=views.online)))
-    residuals = ((bases.detach() if views.has_value_head else bases) - y) / unit + scores
+    residuals = ((bases.detach() if recipe.has_value_head else bases) - y) / unit + scores
     learnt = _learnt(residuals, weights, log_ratios, values, recipe)
-    if views.has_value_head:
+    if recipe.has_value_head:
         learnt.loss = learnt.loss + _value_loss(batch, views, bases, returns, weights)
     if recipe.actor:
         advantages = -learnt.residuals if recipe.is_soft else (y - learnt.values) / unit
@@ -91,8 +91,8 @@ def _td_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor, 
 def _value_loss(batch: Batch, views: Views, values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
     """Of the value head, () summed over tokens: V(s_t) against the return from s_t on, in units of its spread.
 
-    values, returns, weights (B, T). Whole returns owe nothing to what V says by now, so it is soon right enough for Q
-    to bootstrap from it early (traces apart for policy and value: Yuan et al. 2025, in PPO).
+    values, returns, weights (B, T), of a path (B, 1). Whole returns owe nothing to what V says by now, so it is soon
+    right enough for Q to bootstrap from it early (traces apart for policy and value: Yuan et al. 2025, in PPO).
     """
     if views.online.quantiles is None:
         return residual_loss((values - returns) / views.value_scale, weights, None)
@@ -134,14 +134,13 @@ def _path_loss(batch: Batch, views: Views, log_probs: Tensor, log_ratios: Tensor
         first_values = group_values(returns, batch.groups)
         last_values = torch.zeros_like(first_values)
         values = first_values[:, None].expand(-1, log_ratios.shape[1] + 1)
-    learns_value = recipe.path_value == "network" and views.has_value_head
+    learns_value = recipe.path_value == "network" and recipe.has_value_head
     constant = first_values.detach() if learns_value else first_values
     residuals = path_residuals(constant, last_values, log_ratios, batch.rewards, gammas, recipe.beta)[:, None]
     learnt = _learnt(residuals, weights[:, :1], log_ratios, values, recipe)
     if learns_value:
-        left = constant - recipe.beta * residuals.detach().squeeze(1)  # what the path leaves for V(s_1)
-        errors = (first_values - left) / views.value_scale
-        learnt.loss = learnt.loss + residual_loss(errors[:, None], weights[:, :1], None)
+        left = constant[:, None] - recipe.beta * residuals.detach()  # (B, 1) what the path leaves for V(s_1)
+        learnt.loss = learnt.loss + _value_loss(batch, views, first_values[:, None], left, weights[:, :1])
     return learnt
 
 

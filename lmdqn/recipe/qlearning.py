@@ -102,6 +102,11 @@ class QLearningSection(Section):
         return self.backup in SOFT_BACKUPS
 
     @property
+    def has_value_head(self) -> bool:
+        """Whether V is a head's, apart from the logits."""
+        return self.form == "dueling"
+
+    @property
     def trace_of_values(self) -> float:
         """Lambda of what the value head learns: the whole return, where that is right for any policy's data."""
         if self.value_trace is not None:
@@ -123,7 +128,7 @@ class QLearningSection(Section):
             raise ValueError("qlearning.path_value=network is the value of a path residual: set qlearning.loss=path")
         if self.backup_top_k is not None and self.backup not in ("hard", "double"):
             raise ValueError(f"qlearning.backup_top_k bounds a maximum: qlearning.backup={self.backup} takes none")
-        if self.value_quantiles is not None and self.form != "dueling":
+        if self.value_quantiles is not None and not self.has_value_head:
             raise ValueError(f"qlearning.value_quantiles needs the value head of form=dueling, not {self.form}")
         return self
 

@@ -32,7 +32,7 @@ def caveat(recipe: Recipe, inspected: Sequence[Inspected]) -> str:
     data = recipe.only_task.data
     learnt_with = data.references is not None or data.conversation is not None
     blind = any(not one.example.references for one in inspected)
-    seeing = recipe.qlearning.form == "dueling" and recipe.qlearning.value_sees_references
+    seeing = recipe.qlearning.has_value_head and recipe.qlearning.value_sees_references
     return NO_REFERENCES if seeing and learnt_with and blind else ""
 
 

@@ -214,7 +214,7 @@ def _equations(q: QLearningSection) -> str:
         target = "r_t + gamma B(s_{t+1})"
     loss = f"loss = mean over response tokens of ((Q(s_t, a_t) - y_t){residual})^2 / 2"
     lines = [Q_FORMS[q.form], f"y_t = {target}", f"B(s) = {NEXT_VALUES[q.backup]}", loss]
-    if q.form == "dueling":
+    if q.has_value_head:
         of_values = "by quantile regression" if q.value_quantiles else "by its squared error"
         lines.append(f"V(s_t) learns y_t - beta log(pi / pi_0)(a_t|s_t), lambda = {q.trace_of_values:g}, {of_values}")
     if q.supervised:

@@ -228,7 +228,7 @@ def _calibration(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     share, correlation = explained(values, realised), rank_correlation(values, realised)
     first, last = int(columns["step"].min()), int(columns["step"].max())
     seen = ""
-    if recipe.qlearning.form == "dueling" and recipe.qlearning.value_sees_references:
+    if recipe.qlearning.has_value_head and recipe.qlearning.value_sees_references:
         seen = (
             "; in training the value head also sees how the prefix matches the references and how the prompt's other "
             "samples fared"
