@@ -136,7 +136,9 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
         (["qlearning.loss=path", "qlearning.importance=token"], ["qlearning.importance=token", "importance=episode"]),
         (["qlearning.path_value=network"], ["qlearning.path_value=network", "qlearning.loss=path"]),
         (["qlearning.backup_top_k=5"], ["qlearning.backup_top_k", "qlearning.backup=soft"]),
+        (["qlearning.loss=path", "qlearning.value_trace=0.9"], ["qlearning.value_trace", "loss=td"]),
         (["qlearning.value_quantiles=5", "qlearning.form=calibrated"], ["qlearning.value_quantiles", "dueling"]),
+        (["qlearning.value_trace=0.9", "qlearning.form=classic"], ["qlearning.value_trace", "dueling"]),
         (["qlearning.supervised=1"], ["qlearning.supervised", "replay.demonstrations"]),
         (
             ["qlearning.importance=token", "replay.demonstrations=1"],

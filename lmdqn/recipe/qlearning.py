@@ -128,8 +128,9 @@ class QLearningSection(Section):
             raise ValueError("qlearning.path_value=network is the value of a path residual: set qlearning.loss=path")
         if self.backup_top_k is not None and self.backup not in ("hard", "double"):
             raise ValueError(f"qlearning.backup_top_k bounds a maximum: qlearning.backup={self.backup} takes none")
-        if self.value_quantiles is not None and not self.has_value_head:
-            raise ValueError(f"qlearning.value_quantiles needs the value head of form=dueling, not {self.form}")
+        for name in ("value_quantiles", "value_trace"):
+            if getattr(self, name) is not None and not self.has_value_head:
+                raise ValueError(f"qlearning.{name} needs the value head of form=dueling, not {self.form}")
         return self
 
     def _possible_path(self) -> None:
@@ -146,7 +147,7 @@ class QLearningSection(Section):
             raise ValueError(
                 "qlearning.importance=token weighs residuals of tokens: use loss=td, or importance=episode"
             )
-        for name in ("n_step", "value_quantiles"):
+        for name in ("n_step", "value_quantiles", "value_trace"):
             if getattr(self, name) is not None:
                 raise ValueError(f"qlearning.{name} shapes the target of loss=td: drop it, or loss=path")
         if self.actor:
