@@ -140,7 +140,7 @@ def test_lora_on_a_saved_model_beats_its_start(
         "lora": {"rank": 8, "alpha": 32},
     }
     recipe = write_recipe(
-        tmp_path, farm, model=model, reward={"mix": {f"{reward}:short": 1.0}}, optimisation={"learning_rate": 1e-2}
+        tmp_path, farm, model=model, reward={"mix": {f"{reward}:short": 1.0}}, optimisation={"learning_rate": 4e-3}
     )
     results = train(recipe, "warm_start=null", "evaluation.metric=reward")
     assert set(results["test"]) == {"start", "dqn"}
