@@ -16,7 +16,7 @@ class WarmStartSection(Section):
 
 
 class OptimisationSection(Section):
-    learning_rate: float = Field(2e-4, gt=0, description="AdamW's peak rate in the Q-learning phase")
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW's peak rate in the Q-learning phase")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="course of the rate over the budget, after the warm-up; linear and cosine fall to zero"
     )
