@@ -78,7 +78,11 @@ def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Ca
         model = load_on_device(folder.reference_name(recipe), recipe).model
         return QNetwork(model, ValueHead(hidden, VALUE_FEATURES, qlearning.beta).to(device))
 
-    return lambda examples: respond(network, rollout, examples, decoding, recipe.seed, reference)
+    @cache
+    def rewards() -> TaskRewards:
+        return TaskRewards(recipe.every_task)
+
+    return lambda examples: respond(network, rollout, examples, decoding, recipe.seed, reference, rewards)
 
 
 def log_episodes(

@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig
 
 from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch
-from lmdqn.model.decoding import best_by_value, respond
+from lmdqn.model.decoding import best_of_each_group, last_values, respond
+from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import StateOutputs
 from lmdqn.model.rollout import Rollout
-from lmdqn.recipe import DecodingSection, validate
+from lmdqn.recipe import DataSection, DecodingSection, RewardSection, TaskSection, validate
+from lmdqn.text.agreement import agreement
+from lmdqn.text.rewards import TaskRewards
 from tests.conftest import Ran
 
 SIZES = {
@@ -22,6 +26,7 @@ SIZES = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 }
 PROMPTS = ("the cat", "a dog on the mat")
+REWARDS = TaskRewards({"": TaskSection(data=DataSection(path="."), reward=RewardSection(mix={"rougeL": 1.0}))})
 
 
 @pytest.fixture(params=SIZES)
@@ -34,7 +39,8 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 def decode(loaded: LoadedModel, networks: Networks, **decoding: Any) -> list[str]:
     examples = [Example(p, (), tuple(loaded.tokenizer(p).input_ids), (), p) for p in PROMPTS]
     rollout = Rollout(loaded.layout, loaded.tokenizer, max_response_tokens=6)
-    return respond(networks.online, rollout, examples, DecodingSection(**decoding), 0, lambda: networks.reference)
+    section = DecodingSection(**decoding)
+    return respond(networks.online, rollout, examples, section, 0, lambda: networks.reference, lambda: REWARDS)
 
 
 def test_beam_search_is_that_of_transformers(loaded: LoadedModel) -> None:
@@ -75,7 +81,8 @@ def test_top_q_takes_the_greatest_advantage_among_the_references_likeliest(loade
             return kept
 
     rollout = Watched(loaded.layout, loaded.tokenizer, max_response_tokens=6)
-    respond(networks.online, rollout, examples, DecodingSection(method="top_q", top_k=5), 0, lambda: networks.reference)
+    section = DecodingSection(method="top_q", top_k=5)
+    respond(networks.online, rollout, examples, section, 0, lambda: networks.reference, lambda: REWARDS)
     assert len(kept) == 2
     for episode in kept:
         batch, n = make_batch([episode], loaded.layout), len(episode.response_ids)
@@ -104,8 +111,35 @@ def test_the_best_of_a_group_is_that_of_greatest_value_in_its_last_state() -> No
     network: Any = Judge()
     for at_once in (4, 2):
         rollout = Rollout(layout, None, 2, batch_examples=at_once)
-        best = best_by_value(network, rollout, episodes)
+        best = best_of_each_group(episodes, last_values(network, rollout, episodes))
         assert [episode.response_ids for episode in best] == [[4, 4], [1]]
+
+
+def test_agreement_is_the_mean_reward_against_the_other_judges() -> None:
+    """By hand: ROUGE-L of "a b c" and "a b d" is 2/3, of "a b c" and "a x y" 1/3."""
+    example = Example("", ("nobody looks at this one",), (5,), (), "")
+    texts = [("a b c", 0), ("a b d", 0), ("a x y", 0), ("same", 1), ("same", 1)]
+    judges = [Episode(example, [1], False, group, text=text) for text, group in texts]
+    also = Episode(example, [1], False, 0, text="a b c")  # no judge, and so judged by all three
+    scores = agreement([*judges, also], judges, REWARDS)
+    assert scores == pytest.approx([(2 / 3 + 1 / 3) / 2, (2 / 3 + 1 / 3) / 2, 1 / 3, 1, 1, (1 + 2 / 3 + 1 / 3) / 3])
+    assert [e.text for e in best_of_each_group(judges, scores[:5])] == ["a b c", "same"]
+    assert [judge.example for judge in judges] == [example] * 5
+
+
+def test_minimum_bayes_risk_takes_the_response_that_the_samples_agree_on(loaded: LoadedModel) -> None:
+    networks = Networks.build(loaded, 0.1, 0)
+    rollout = Rollout(loaded.layout, loaded.tokenizer, max_response_tokens=6)
+    examples = [Example(p, (), tuple(loaded.tokenizer(p).input_ids), (), p) for p in PROMPTS]
+    sampled = rollout.sample(networks.online, examples, 5, Exploration(2.0), 0, range(2))
+    greedy = decode(loaded, networks)
+    scorer, expected = RougeScorer(["rougeL"]), []
+    for i in range(2):
+        samples = [e.text for e in sampled if e.group == i]
+        choices = [(greedy[i], samples), *((s, samples[:k] + samples[k + 1 :]) for k, s in enumerate(samples))]
+        agreed = [sum(scorer.score(j, c)["rougeL"].fmeasure for j in judges) / len(judges) for c, judges in choices]
+        expected.append(choices[agreed.index(max(agreed))][0])
+    assert decode(loaded, networks, method="minimum_bayes_risk", samples=5, temperature=2.0) == expected
 
 
 @pytest.mark.parametrize("sees_references", [True, False])
@@ -125,14 +159,15 @@ def test_every_method_from_the_command_line(
     }
     assert command_line("train", write_recipe(tree)).code == 0
     source = ["--source", "copy the word one", "--source", "copy the word two"]
-    methods = ["best_of_n"] if sees_references else ["greedy", "sample", "beam", "top_q", "best_of_n"]
+    refused = ["best_of_n"] if sees_references else []
+    methods = get_args(DecodingSection.model_fields["method"].annotation)
     for method in methods:
         shown = command_line("generate", tmp_path / "run", f"decoding.method={method}", *source)
-        if sees_references:
+        if method in refused:
             assert shown.code == 2
             assert "value_sees_references=false" in shown.err
         else:
             assert shown.code == 0, shown.err
             assert len(shown.out.splitlines()) == 2
-    if not sees_references:
-        assert command_line("evaluate", tmp_path / "run", "decoding.method=best_of_n", "decoding.samples=2").code == 0
+    for method in {"best_of_n", "minimum_bayes_risk"} - set(refused):
+        assert command_line("evaluate", tmp_path / "run", f"decoding.method={method}", "decoding.samples=2").code == 0

@@ -58,7 +58,13 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.model.qnetwork",
         "lmdqn.model.networks",
     ],
-    ["lmdqn.model.rollout", "lmdqn.model.decoding", "lmdqn.results.trackers", "lmdqn.results.tracking"],
+    [
+        "lmdqn.text.agreement",
+        "lmdqn.model.rollout",
+        "lmdqn.model.decoding",
+        "lmdqn.results.trackers",
+        "lmdqn.results.tracking",
+    ],
     ["lmdqn.results.evaluate", "lmdqn.results.significance", "lmdqn.results.environment", "lmdqn.results.run_folder"],
     ["lmdqn.results.tables", "lmdqn.results.model_card", "lmdqn.results.publish", "lmdqn.answering"],
     [
