@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from lmdqn.episodes import Episode
+from lmdqn.episodes import Episode, by_group
 from lmdqn.text.rewards import TaskRewards
 
 
@@ -12,15 +12,13 @@ def agreement(candidates: Sequence[Episode], judges: Sequence[Episode], rewards:
     """Each candidate's mean reward, as if each judge of its group but itself were the prompt's one reference.
 
     Where judges are drawn from what references are drawn from, this is the expected reward, without the noise of the
-    one reference at hand: minus the Bayes risk (Kumar and Byrne 2004; Eikema and Aziz 2022, equation 5). Every
+    one reference at hand: minus the Bayes risk (Kumar and Byrne 2004; Eikema and Aziz 2022). Every
     candidate needs one judge other than itself in its group.
 
     Raises:
         UserError, NotFinite: as `Reward.terms`.
     """
-    judges_of: dict[int, list[Episode]] = {}
-    for judge in judges:
-        judges_of.setdefault(judge.group, []).append(judge)
+    judges_of = {group[0].group: group for group in by_group(judges)}
     trials = [
         [_judged(candidate, judge) for judge in judges_of[candidate.group] if judge is not candidate]
         for candidate in candidates
