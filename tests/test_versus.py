@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import versus_trl
-from versus.arena import Arena, Recorder, Settings, Task
+from versus.arena import Arena, Recorder, Settings, Task, Variant
 from versus.bootstrap import draw_counts, interval, paired_p, resampled
 from versus.gains import first_reaches
-from versus.methods import best_sample, run_best_of_group, run_lean_grpo, run_more_mle, standardised
+from versus.methods import best_sample, run_best_of_group, run_lean_grpo, run_lmdqn, run_more_mle, standardised
 from versus.trl_runs import check_prompts, parts_for, run_trl_grpo, run_trl_rloo
 from versus.units import METHODS, Bench, Setting, Unit, better_variant, choose
 
@@ -74,7 +74,7 @@ def arena(settings: Settings) -> Arena:
 def recorded(run: Run, arena: Arena, steps: int, rate: float) -> Recorder:
     recorder = StepRecorder(arena)
     recorder.steps = steps
-    run(arena, arena.recipe(f"optimisation.learning_rate={rate}", "seed=1"), recorder)
+    run(arena, arena.recipe(f"optimisation.learning_rate={rate}", f"qlearning.max_steps={steps}", "seed=1"), recorder)
     return recorder
 
 
@@ -125,6 +125,23 @@ def test_trl_runs_from_the_same_start_on_the_same_prompts(run: Run, settings: Se
     assert any((weight != start[name]).any() for name, weight in recorder.last["online"].items())
 
 
+@pytest.mark.parametrize("run", [run_lmdqn, run_lean_grpo, run_trl_rloo])
+def test_with_lora_a_method_trains_an_adapter_over_the_start(run: Run, settings: Settings, arena: Arena) -> None:
+    if run is run_trl_rloo:
+        pytest.importorskip("trl", reason=WITHOUT_TRL)
+    adapted = Arena(TASK, replace(settings, lora=2))
+    fresh = Variant(adapted.fresh().model).weights()
+    start = Variant(arena.fresh().model).weights()
+    assert fresh.keys() & start.keys() == set()  # of the adapter, nothing else
+    assert adapted.evaluate(fresh, "test").responses == arena.evaluate(start, "test").responses
+    recorder = recorded(run, adapted, steps=2, rate=0.1)
+    for variant, curve in recorder.curves.items():
+        last = recorder.last[variant]
+        assert last.keys() == fresh.keys()
+        assert any((weight != fresh[name]).any() for name, weight in last.items())
+        assert adapted.evaluate(last, "validation").metrics["reward"] == curve[-1]["reward"]
+
+
 def test_a_prompt_that_trl_would_read_otherwise_is_refused(arena: Arena) -> None:
     example = arena.examples["train"][0]
     check_prompts([example], arena.decoder.tokenizer)
@@ -155,7 +172,7 @@ def test_a_finished_unit_is_not_run_again(settings: Settings, tmp_path: Path, mo
 
     def run(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
         ran.append((recipe.seed, recipe.optimisation.learning_rate, recipe.optimisation.schedule))
-        recorder.finish(64, {"online": arena.fresh().model})
+        recorder.finish(64, {"online": Variant(arena.fresh().model)})
 
     monkeypatch.setitem(METHODS, "lean_grpo", replace(METHODS["lean_grpo"], run=run))
     tuning, final = (Unit(TASK, "lean_grpo", Setting(1e-4, "linear"), seed) for seed in (0, 1))

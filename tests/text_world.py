@@ -69,6 +69,9 @@ class TableHead(nn.Module):
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         return self.scale * self.outer(hidden.detach().float())
 
+    def peak_rate(self, of_measured: float) -> float:
+        return of_measured
+
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters()) | dict(self.named_buffers())
 
@@ -143,7 +146,7 @@ def world_recipe(updates: int, **sections: dict[str, Any]) -> Recipe:
         "model": {"from_scratch": {}},
         "data": {"path": "."},
         "replay": {"kept_share": 1.0},  # rare tokens are learnt from few samples: each of them counts
-        "qlearning": {"beta": 0.5, "baseline": "none", "max_steps": updates, "value_learning_rate_scale": 1.0},
+        "qlearning": {"beta": 0.5, "baseline": "none", "max_steps": updates, "value_learning_rate": 0.1},
         "optimisation": {"learning_rate": 0.1, "schedule": "cosine", "clip_norm": 1e6, "adam_betas": [0.9, 0.99]},
     }
     for name, section in sections.items():

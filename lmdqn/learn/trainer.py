@@ -92,7 +92,7 @@ class Trainer:
         optimisation = self.recipe.optimisation
         rate = optimisation.learning_rate
         online = self.networks.online
-        value_rate = rate * self.recipe.qlearning.value_learning_rate_scale
+        value_rate = online.value_head.peak_rate(self.recipe.qlearning.value_learning_rate)
         self.processes = Processes(self.accelerator)
         self.guards = Guards(self.recipe.guards)
         self.skips = Skips(optimisation.max_skipped)

@@ -85,7 +85,12 @@ class QLearningSection(Section):
     reference_reset_every: int | None = Field(
         None, ge=1, description="make the reference a copy of the online network every n updates; null: never"
     )
-    value_learning_rate_scale: float = Field(30.0, gt=0, description="value head's rate over the model's")
+    value_learning_rate: float = Field(
+        9e-3,
+        gt=0,
+        description="AdamW's peak rate for the value head of a model of hidden size 160; a wider one's is less by as "
+        "much as it is wider",
+    )
     max_steps: int = Field(1000, ge=0, description="steps of rollout and update")
     max_seconds: float | None = Field(None, gt=0, description="wall-clock budget, evaluation not counted")
 

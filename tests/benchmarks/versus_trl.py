@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("constant", "linear"),
         help="tuned too; TRL: linear, others: the recipe's",
     )
+    add("--lora", type=int, metavar="RANK", help="every method trains an adapter of this rank, alpha twice that")
     add("--override", nargs="+", default=[], metavar="KEY=VALUE", help="on the recipe, for warm start and all methods")
     return parser
 

@@ -10,15 +10,17 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from lmdqn.episodes import Example
 from lmdqn.learn.budget import Budget
 from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.model.loading import LoadedModel, load_model
+from lmdqn.model.networks import TARGET_ADAPTER
 from lmdqn.model.rollout import Rollout
 from lmdqn.pipeline import train
-from lmdqn.recipe import ModelSection, Recipe, load_recipe
+from lmdqn.recipe import Lora, ModelSection, Recipe, load_recipe
 from lmdqn.results.evaluate import Evaluation, evaluate_model
 from lmdqn.shipped import find_recipe
 from lmdqn.text.data import SPLITS, Pair, load_pairs
@@ -45,6 +47,7 @@ class Settings:
     threads: int
     clock: str = "wall"  # or cpu: the seconds that the process itself computed
     overrides: tuple[str, ...] = ()  # key=value on the recipe, for warm start and every method
+    lora: int | None = None  # rank of the adapter that every method trains, instead of all weights
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,13 @@ class Arena:
         return self.task.recipe(self.settings, *more)
 
     def fresh(self) -> LoadedModel:
-        """The warm-started checkpoint as an ordinary transformers model, loaded anew from its folder."""
-        recipe = self.recipe()
-        section = ModelSection(name=str(self._checkpoint))
+        """The warm-started checkpoint as an ordinary transformers model, loaded anew from its folder.
+
+        Where methods train an adapter it comes with a fresh one, which changes nothing yet.
+        """
+        recipe, rank = self.recipe(), self.settings.lora
+        lora = None if rank is None else Lora(rank=rank, alpha=2 * rank)
+        section = ModelSection(name=str(self._checkpoint), lora=lora)
         return load_model(section, (), 0, recipe.max_response_tokens)
 
     @cached_property
@@ -112,7 +119,7 @@ class Arena:
 
     def evaluate(self, weights: Mapping[str, Tensor], split: str) -> Evaluation:
         """lmdqn's own greedy decoding and metrics, and the length ratio."""
-        self.decoder.model.load_state_dict(weights)
+        Variant(self.decoder.model).restore(weights)
         examples = self.examples[split]
         evaluation = evaluate_model(self.decoder.model, self.rollout, examples, self.reward)
         words, usual = words_and_usual(evaluation.responses, [e.references for e in examples])
@@ -135,6 +142,29 @@ class Arena:
             where = f"output.dir={json.dumps(str(folder))}"
             train(self.recipe(where, "qlearning.max_steps=0"), resume=True)
         return folder / "model"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of a model a method would ship: all weights of a plain one, one adapter of a model with adapters."""
+
+    model: Any
+    adapter: str | None = None  # of those by name; None: the one that peft saves
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy, by names that all methods share."""
+        own = self.model.state_dict()
+        if hasattr(self.model, "peft_config"):
+            name = self.adapter or TARGET_ADAPTER
+            own = get_peft_model_state_dict(self.model, own, adapter_name=name, save_embedding_layers=False)
+        return {name: weight.detach().clone() for name, weight in own.items()}
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Take what `weights` of another gave."""
+        if hasattr(self.model, "peft_config"):
+            set_peft_model_state_dict(self.model, dict(weights), self.adapter or TARGET_ADAPTER)
+        else:
+            self.model.load_state_dict(weights)
 
 
 class Recorder:
@@ -160,33 +190,30 @@ class Recorder:
     def spent(self) -> bool:
         return self.budget.spent(0)
 
-    def step(self, episodes: int, models: Mapping[str, Any]) -> None:
-        """Tell after every step how many episodes were sampled so far; evaluates `models` when it is time."""
+    def step(self, episodes: int, variants: Mapping[str, Variant]) -> None:
+        """Tell after every step how many episodes were sampled so far; evaluates the variants when it is time."""
         if self._marks and self.budget.seconds >= self._marks[0]:
             now = self.budget.seconds
             self._marks = [mark for mark in self._marks if mark > now]
-            self._evaluate(episodes, models)
+            self._evaluate(episodes, variants)
 
-    def finish(self, episodes: int, models: Mapping[str, Any]) -> None:
+    def finish(self, episodes: int, variants: Mapping[str, Variant]) -> None:
         """The last point of the curves."""
-        self._evaluate(episodes, models)
-        self.last = {variant: _weights(model) for variant, model in models.items()}
+        self._evaluate(episodes, variants)
+        self.last = {name: variant.weights() for name, variant in variants.items()}
 
-    def _evaluate(self, episodes: int, models: Mapping[str, Any]) -> None:
+    def _evaluate(self, episodes: int, variants: Mapping[str, Variant]) -> None:
         seconds = self.budget.seconds
         with self.budget.paused():
-            for variant, model in models.items():
-                metrics = self.arena.evaluate(model.state_dict(), "validation").metrics
-                curve = self.curves.setdefault(variant, [])
+            for name, variant in variants.items():
+                weights = variant.weights()
+                metrics = self.arena.evaluate(weights, "validation").metrics
+                curve = self.curves.setdefault(name, [])
                 if metrics["reward"] > max((point["reward"] for point in curve), default=-math.inf):
-                    self.best[variant] = _weights(model)
+                    self.best[name] = weights
                 curve.append({"seconds": seconds, "episodes": episodes, **metrics})
 
 
 def words_and_usual(responses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[int], list[float]]:
     """Of each example, words of the response and mean words of the references; the sums' ratio is the length ratio."""
     return [len(r.split()) for r in responses], [fmean(len(r.split()) for r in refs) for refs in references]
-
-
-def _weights(model: Any) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}

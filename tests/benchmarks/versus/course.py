@@ -37,6 +37,7 @@ def run_all(options: argparse.Namespace) -> None:
         options.threads,
         options.clock,
         tuple(options.override),
+        options.lora,
     )
     bench = Bench(settings)
     schedule = tasks[0].recipe(settings).optimisation.schedule

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from lmdqn.learn.budget import Budget
-from versus.arena import NO_LIMIT, Arena, Settings, Task
+from versus.arena import NO_LIMIT, Arena, Settings, Task, Variant
 from versus.methods import run_lmdqn
 from versus.trl_runs import run_trl_grpo
 
@@ -29,7 +28,7 @@ class StepClock:
     def spent(self) -> bool:
         return len(self.marks) > STEPS
 
-    def step(self, episodes: int, models: Mapping[str, Any]) -> None:
+    def step(self, episodes: int, variants: Mapping[str, Variant]) -> None:
         self.marks.append(self.clock())
 
     finish = step

@@ -17,7 +17,7 @@ from lmdqn.model.qnetwork import QNetwork, response_log_probs, trained_parameter
 from lmdqn.recipe import Recipe
 from lmdqn.results.tracking import Tracker
 from lmdqn.text.rewards import TaskRewards
-from versus.arena import Arena, Recorder
+from versus.arena import Arena, Recorder, Variant
 
 POLYAK = 0.05  # share of the new weights in a lean loop's average, an update: lmdqn's default for its target network
 Group = Sequence[Episode]
@@ -32,7 +32,7 @@ def run_lmdqn(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
     accelerator = Accelerator(cpu=True)
     rewards = TaskRewards(recipe.every_task)
     trainer = Trainer(recipe, networks, arena.rollout, arena.examples["train"], rewards, accelerator, tracker)
-    models = {"average": networks.target.model}
+    variants = {"average": Variant(networks.target.model, networks.target.adapter)}
     episodes_a_step = recipe.rollout.prompts * recipe.rollout.samples
 
     def after_step(step: int, last: bool, best: bool) -> None:
@@ -40,10 +40,10 @@ def run_lmdqn(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
         if step == 0:
             recorder.start()
         elif not last:
-            recorder.step(step * episodes_a_step, models)
+            recorder.step(step * episodes_a_step, variants)
 
     trainer.run(lambda: {recipe.evaluation.metric: 0.0}, after_step)
-    recorder.finish(trainer.step * episodes_a_step, models)
+    recorder.finish(trainer.step * episodes_a_step, variants)
 
 
 def run_lean_grpo(arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
@@ -82,7 +82,8 @@ def best_sample(group: Group) -> list[Episode]:
 def _run_lean(write: Write, lessons: Lessons, arena: Arena, recipe: Recipe, recorder: Recorder) -> None:
     """Write, one update on what `lessons` makes of it, and a Polyak average beside the trained weights."""
     networks = Networks.build(arena.fresh(), recipe.qlearning.beta, recipe.seed)
-    online, models = networks.online, {"online": networks.online.model, "average": networks.target.model}
+    online, average = networks.online, networks.target
+    variants = {"online": Variant(online.model, online.adapter), "average": Variant(average.model, average.adapter)}
     online.eval()  # no dropout, as in lmdqn
     settings = recipe.optimisation
     optimiser = Optimiser(
@@ -103,8 +104,8 @@ def _run_lean(write: Write, lessons: Lessons, arena: Arena, recipe: Recipe, reco
         networks.track(step, POLYAK, None)
         if recorder.spent:
             break
-        recorder.step(episodes, models)
-    recorder.finish(episodes, models)
+        recorder.step(episodes, variants)
+    recorder.finish(episodes, variants)
 
 
 def _sampler(arena: Arena, recipe: Recipe) -> Write:

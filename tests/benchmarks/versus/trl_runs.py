@@ -16,7 +16,7 @@ from lmdqn.episodes import Example
 from lmdqn.errors import UserError
 from lmdqn.learn.optimisation import rate_factor
 from lmdqn.recipe import Recipe
-from versus.arena import Arena, Recorder
+from versus.arena import Arena, Recorder, Variant
 
 STEPS_A_SECOND = 50  # no run is faster: so many prompts are laid out, at most MOST_STEPS
 MOST_STEPS = 20_000
@@ -142,8 +142,9 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **has: Any) -> None:
         rollout = self.recipe.rollout
         episodes = state.global_step * rollout.prompts * rollout.samples
+        variants = {"online": Variant(has["model"])}
         if self.recorder.spent or state.global_step == state.max_steps:
             control.should_training_stop = True
-            self.recorder.finish(episodes, {"online": has["model"]})
+            self.recorder.finish(episodes, variants)
         else:
-            self.recorder.step(episodes, {"online": has["model"]})
+            self.recorder.step(episodes, variants)

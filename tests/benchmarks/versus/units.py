@@ -14,7 +14,7 @@ from lmdqn.learn.budget import Budget
 from lmdqn.recipe import Recipe
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.whole_files import write_whole
-from versus.arena import NO_LIMIT, Arena, Recorder, Settings, Task
+from versus.arena import NO_LIMIT, Arena, Recorder, Settings, Task, Variant
 from versus.methods import run_best_of_group, run_lean_grpo, run_lmdqn, run_more_mle
 from versus.trl_runs import run_trl_grpo, run_trl_rloo
 
@@ -86,6 +86,7 @@ class Bench:
             "threads": self.settings.threads,
             "clock": self.settings.clock,
             "overrides": list(self.settings.overrides),
+            "lora": self.settings.lora,
         }
         file = self.settings.output / "settings.json"
         if file.exists() and (theirs := json.loads(file.read_text(encoding="utf-8"))) != ours:
@@ -107,7 +108,7 @@ class Bench:
         file = task.folder(self.settings) / "units" / "start.json"
         if not file.exists():
             arena = self._arena(task)
-            weights = arena.decoder.model.state_dict()
+            weights = Variant(arena.decoder.model).weights()
             validation, test = (arena.evaluate(weights, split) for split in ("validation", "test"))
             point = {"seconds": 0.0, "episodes": 0, **validation.metrics}
             write_json(file, {"curves": {"online": [point]}, "test": {"online": {"last": _kept(test)}}})
