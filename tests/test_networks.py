@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lmdqn.episodes import VALUE_FEATURES, Batch, Episode, Example, make_batch
+from lmdqn.learn.optimisation import default_rate
 from lmdqn.model.loading import LoadedModel, load_model, load_trained
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import over_vocabulary, trained_parameters
@@ -22,8 +24,8 @@ SIZES = {
 }
 
 
-def scratch(family: str) -> LoadedModel:
-    tree = {"from_scratch": {"family": family, "vocabulary_size": 300, "config": SIZES[family]}}
+def scratch(family: str, **sizes: int) -> LoadedModel:
+    tree = {"from_scratch": {"family": family, "vocabulary_size": 300, "config": SIZES[family] | sizes}}
     section = validate({"model": tree, "data": {"path": "."}}, "test").model
     return load_model(section, ["the cat sat on the mat"] * 5, seed=0, max_response_tokens=8)
 
@@ -39,6 +41,25 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedModel:
     plain.tokenizer.save_pretrained(base)
     section = ModelSection(name=str(base), lora=Lora(rank=4, target_modules="all-linear"))
     return load_model(section, (), seed=0, max_response_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("family", "wider", "model_rate"),
+    [("llama", 1, 3e-4), ("llama", 2, 1.746e-4), ("llama lora", 1, 3e-3), ("t5 lora", 2, 1.746e-3)],
+)
+def test_rates_are_those_measured_and_fall_with_the_width(
+    family: str, wider: int, model_rate: float, tmp_path: Path
+) -> None:
+    """Twice as wide: divided by 2 to the .781, 1.718; the value head's by 2."""
+    family, _, lora = family.partition(" ")
+    size = {"llama": {"hidden_size": 160 * wider}, "t5": {"d_model": 160 * wider}}[family]
+    plain = scratch(family, **size)
+    plain.model.save_pretrained(tmp_path)
+    plain.tokenizer.save_pretrained(tmp_path)
+    section = ModelSection(name=str(tmp_path), lora=Lora(rank=4) if lora else None)
+    network = Networks.build(load_model(section, (), 0, max_response_tokens=8), beta=0.1, seed=0).online
+    assert default_rate(network) == pytest.approx(model_rate, rel=1e-3)
+    assert network.value_head.peak_rate(9e-3) == pytest.approx(9e-3 / wider)
 
 
 def a_batch(loaded: LoadedModel) -> Batch:
@@ -80,6 +101,36 @@ def test_polyak_moves_the_target_by_the_given_share(loaded: LoadedModel) -> None
     assert before.keys() == online.keys()
     for name, weight in networks.target.weights().items():
         torch.testing.assert_close(weight, 0.75 * before[name] + 0.25 * online[name])
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["c_attn", "lm_head", "wte"]], ids=["linear", "tied"])
+def test_an_adapter_is_merged_for_a_while(modules: str | list[str], tmp_path: Path) -> None:
+    """The network says what it said, and afterwards all weights are bit by bit what they were; also after an error."""
+    plain = scratch("gpt2")
+    plain.model.save_pretrained(tmp_path)
+    plain.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(ModelSection(name=str(tmp_path), lora=Lora(rank=4, target_modules=modules)), (), 0, 8)
+    networks = Networks.build(loaded, beta=0.1, seed=0)
+    with torch.no_grad():
+        for parameter in trained_parameters(networks.online):
+            parameter.normal_(std=0.1)
+    batch, first = a_batch(loaded), next(m for m in loaded.model.modules() if isinstance(m, Linear))
+    before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
+    wanted, others = networks.online(batch).logits, networks.reference(batch).logits
+
+    def decode_until_interrupted() -> None:
+        with networks.online.merged():
+            assert first.merged_adapters == ["online"]
+            torch.testing.assert_close(networks.online(batch).logits, wanted)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode_until_interrupted()
+    assert not any(m.merged_adapters for m in loaded.model.modules() if isinstance(m, Linear))
+    for name, weight in loaded.model.state_dict().items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
+    torch.testing.assert_close(networks.online(batch).logits, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(networks.reference(batch).logits, others, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])

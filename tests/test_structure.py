@@ -35,6 +35,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.learn.prompt_draw",
     ],
     [
+        "lmdqn.model.merging",
         "lmdqn.model.sharding",
         "lmdqn.model.zero",
         "lmdqn.model.sharing",

@@ -11,12 +11,26 @@ from torch.distributed.tensor import DTensor
 
 from lmdqn.errors import NotFinite
 from lmdqn.learn.processes import Processes
-from lmdqn.model.qnetwork import QNetwork
+from lmdqn.model.loading import hidden_size
+from lmdqn.model.qnetwork import RATE_WIDTH, QNetwork
 from lmdqn.model.sharding import part_of
 from lmdqn.model.zero import Zero
 
+ALL_WEIGHTS_RATE = 3e-4  # measured best where all weights of models of `RATE_WIDTH` learn
+ADAPTER_FACTOR = 10  # of an adapter's rate over that
+WIDTH_POWER = 0.781  # by which a wider model's is less: Schulman et al.'s for Llama
 Part = TypeVar("Part")
 ParameterGroup = tuple[list[nn.Parameter], float]  # parameters and their peak learning rate
+
+
+def default_rate(network: QNetwork) -> float:
+    """Peak rate for what of the network's language model learns.
+
+    Rule and factor are those of Schulman et al. 2025 (LoRA Without Regret); the rate was measured here, and is within a
+    fifth of theirs.
+    """
+    factor = ADAPTER_FACTOR if network.adapter is not None else 1
+    return factor * ALL_WEIGHTS_RATE * (RATE_WIDTH / hidden_size(network.model)) ** WIDTH_POWER
 
 
 class Skips:

@@ -15,7 +15,7 @@ from lmdqn.learn.checkpoint import AfterStep
 from lmdqn.learn.collector import Collector
 from lmdqn.learn.continuation import Continuation
 from lmdqn.learn.guards import Guards
-from lmdqn.learn.optimisation import Optimiser, Skips
+from lmdqn.learn.optimisation import Optimiser, Skips, default_rate
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.replay import Group, Replay, most_telling
 from lmdqn.learn.step_record import Update, rollout_record, update_record
@@ -90,8 +90,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         optimisation = self.recipe.optimisation
-        rate = optimisation.learning_rate
         online = self.networks.online
+        rate = optimisation.learning_rate or default_rate(online)
         value_rate = online.value_head.peak_rate(self.recipe.qlearning.value_learning_rate)
         self.processes = Processes(self.accelerator)
         self.guards = Guards(self.recipe.guards)
@@ -142,6 +142,8 @@ class Trainer:
         if isinstance(self.log, list):
             self.collector.measure([episode for group in self.log for episode in group])
         if self.best is None:
+            if recipe.optimisation.learning_rate is None:
+                self.tracker.say(f"learning rate of the model: {default_rate(self.networks.online):.2g}")
             scores, _ = self._validate(validate)
             self.tracker.log("dqn", {"step": 0, "seconds": 0.0, **scores})
             with budget.paused():

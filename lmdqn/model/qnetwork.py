@@ -14,6 +14,7 @@ from lmdqn.episodes import VALUE_FEATURES, Batch
 from lmdqn.errors import UserError
 from lmdqn.model.compiling import Forward, compiled_layers
 from lmdqn.model.head import LMHead, forward_replaced, head_reads
+from lmdqn.model.merging import adapter_merged
 from lmdqn.model.sharding import Sharding, Shards, own_part, part_of
 from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
@@ -193,6 +194,15 @@ class QNetwork(nn.Module):
         yield self.model
         if before != self.adapter:
             self.model.set_adapter(before)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, this network decodes as fast as one without an adapter, and others of the model must not be asked."""
+        if self.adapter is None:
+            yield
+            return
+        with self.active() as model, adapter_merged(model, self.adapter):
+            yield
 
     def compile_layers(self) -> None:
         """From here on `forward` runs compiled; decoding and the names of weights stay as they are."""

@@ -75,19 +75,23 @@ class Rollout:
         drawn: list[list[Episode]] = [[] for _ in examples]
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
         at_once = max(1, self.batch_examples // samples)
-        for start in range(0, len(order), at_once):
-            chunk = order[start : start + at_once]
-            prompts = [examples[i].prompt_ids for i in chunk]
-            sampler = Sampler(exploration, self._uniforms(seed, [groups[i] for i in chunk], samples))
-            responses = decode(models, self.layout, prompts, samples, self.max_response_tokens, sampler)
-            for row, response in enumerate(responses):
-                which = chunk[row // samples]
-                response = self._within_limit(response, examples[which])
-                truncated = response[-1] not in self.layout.eos_ids
-                episode = Episode(examples[which], response, truncated, groups[which], text=self.decode(response))
-                episode.behaviour_log_probs = torch.tensor(sampler.log_probs[row][: len(response)])
-                drawn[which].append(episode)
+        with nullcontext() if exploration.needs_reference else network.merged():
+            for start in range(0, len(order), at_once):
+                chunk = order[start : start + at_once]
+                prompts = [examples[i].prompt_ids for i in chunk]
+                sampler = Sampler(exploration, self._uniforms(seed, [groups[i] for i in chunk], samples))
+                responses = decode(models, self.layout, prompts, samples, self.max_response_tokens, sampler)
+                for row, (response, log_probs) in enumerate(zip(responses, sampler.log_probs, strict=True)):
+                    which = chunk[row // samples]
+                    drawn[which].append(self._episode(examples[which], response, log_probs, groups[which]))
         return [episode for of_example in drawn for episode in of_example]
+
+    def _episode(self, example: Example, response: list[int], log_probs: list[float], group: int) -> Episode:
+        response = self._within_limit(response, example)
+        truncated = response[-1] not in self.layout.eos_ids
+        episode = Episode(example, response, truncated, group, text=self.decode(response))
+        episode.behaviour_log_probs = torch.tensor(log_probs[: len(response)])
+        return episode
 
     def _uniforms(self, seed: int, groups: Sequence[int], samples: int) -> Tensor:
         """(groups * samples, max_response_tokens) in [0, 1)."""

@@ -19,12 +19,18 @@ def agreement(candidates: Sequence[Episode], judges: Sequence[Episode], rewards:
         UserError, NotFinite: as `Reward.terms`.
     """
     judges_of = {group[0].group: group for group in by_group(judges)}
-    trials = [
-        [_judged(candidate, judge) for judge in judges_of[candidate.group] if judge is not candidate]
+    trials: dict[tuple[int, str, str], Episode] = {}  # of equal samples one is scored, against one of equal judges
+
+    def trial_of(candidate: Episode, judge: Episode) -> Episode:
+        key = candidate.group, candidate.text, judge.text
+        return trials.setdefault(key, _judged(candidate, judge))
+
+    of_each = [
+        [trial_of(candidate, judge) for judge in judges_of[candidate.group] if judge is not candidate]
         for candidate in candidates
     ]
-    rewards.score([trial for of_candidate in trials for trial in of_candidate])
-    return [fmean(trial.reward for trial in of_candidate) for of_candidate in trials]
+    rewards.score(list(trials.values()))
+    return [fmean(trial.reward for trial in of_candidate) for of_candidate in of_each]
 
 
 def _judged(candidate: Episode, judge: Episode) -> Episode:
