@@ -1,5 +1,6 @@
 """Q, V and log-ratios against plain transformers logits, for every kind of head; rollouts against teacher forcing."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import over_vocabulary, response_log_probs
+from lmdqn.model.reading import decode
 from lmdqn.model.rollout import Rollout, Sampler, measure_log_probs
 from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import validate
@@ -112,6 +114,31 @@ def test_sharing_a_row_is_used_where_the_model_allows_and_changes_nothing(loaded
         assert len(shared.decoder_ids) == 2
         assert len(apart.decoder_ids) == 4
     torch.testing.assert_close(networks.online(shared).logits, networks.online(apart).logits, atol=2e-5, rtol=2e-5)
+
+
+def test_rows_that_leave_one_by_one_change_nothing_for_the_others(loaded: LoadedModel) -> None:
+    """Words and lengths drawn beforehand: what the model says before each token is what it says of them alone."""
+    eos = loaded.tokenizer.eos_token_id
+    lengths = [1, 9, 3, 2, 12, 5]  # of three responses to each prompt
+    words = torch.randint(3, len(loaded.tokenizer), (6, 12), generator=torch.Generator().manual_seed(2))
+    for row, length in enumerate(lengths):
+        if length < 12:  # the longest is cut
+            words[row, length - 1] = eos
+    said: list[list[torch.Tensor]] = [[] for _ in lengths]
+
+    def choose(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        for row, of_row in zip(rows.tolist(), logits, strict=True):
+            said[row].append(of_row)
+        return words[rows, [len(said[row]) - 1 for row in rows.tolist()]]
+
+    examples = [Example(p, (), tuple(loaded.tokenizer(p).input_ids), (), p) for p in PROMPTS]
+    prompts = [example.prompt_ids for example in examples]
+    responses = decode([lambda: nullcontext(loaded.model)], loaded.layout, prompts, 3, 12, choose)
+    assert [len(response) for response in responses] == lengths
+    for row, response in enumerate(responses):
+        episode = Episode(examples[row // 3], response, response[-1] != eos, group=0)
+        wanted = plain_logits(loaded, episode)[: len(response)]
+        torch.testing.assert_close(torch.stack(said[row]), wanted, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import SequenceFormat
-from lmdqn.model.cache import make_room
+from lmdqn.model.cache import can_part, make_room
 
 Choose = Callable[..., Tensor]  # which rows (b,), logits (b, V) of each reader -> a token a row, (b,)
 Active = Callable[[], AbstractContextManager[Any]]  # the model, with the adapter that is meant
 CROWDED = 0.75  # share of a batch that still goes on, below which the others leave: to leave copies the whole cache
+CROWDED_TOGETHER = 0.5  # the same where responses share their prompt's row, of which each then gets a copy
 
 
 def greedy(rows: Tensor, logits: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def decode(
     """Response ids up to and including the first EOS, `samples` of them for each prompt in turn.
 
     All models read what is written, and `choose` is given what each says of the next token. A prompt is read once
-    for all its samples, and rows that have ended leave the batch and the cache, a quarter of them at a time. What
-    transformers' `generate` does besides costs more than a small model's own work on a CPU.
+    for all its samples, which share its row where the model lets them; rows that have ended leave the batch and the
+    cache, many at a time. What transformers' `generate` does besides costs more than a small model's own work on a CPU.
     """
     readers = [Reader.of(model, layout, prompts, max_tokens) for model in models]
     logits = [reader.start(samples) for reader in readers]
@@ -54,7 +55,7 @@ def decode(
         going_on = going_on[~torch.isin(tokens, eos_ids)]
         if len(going_on) == 0 or step + 1 == max_tokens:
             break
-        if len(going_on) <= CROWDED * len(rows):
+        if len(going_on) <= min(reader.crowded for reader in readers) * len(rows):
             rows, last = rows[going_on], last[going_on]
             for reader in readers:
                 reader.keep(going_on)
@@ -102,7 +103,8 @@ class Reader:
     mask: Tensor  # (B, P) of the prompt, padding excluded: a causal model's, or the encoder's
     encoded: Tensor | None  # (B, P, H) seq2seq only
     added: Tensor | None = None  # (B, 1, 1, P + room) what is added to a causal model's scores, where it takes that
-    length: int = 0  # tokens read in each row, padding and the decoder's start included
+    width: int = 1  # responses that share a row of the batch, which then reads a token of each at a time
+    length: int = 0  # tokens read of each response, the prompt's, padding and the decoder's start included
     cache: Any = None
 
     @classmethod
@@ -126,26 +128,53 @@ class Reader:
         return cls(active, takes, ids, mask, None, added)
 
     def start(self, samples: int) -> Tensor:
-        """Read the prompts; from here on each has `samples` rows, one after the other: (B, V) logits."""
+        """Read the prompts; from here on each has `samples` responses, one after the other: (B, V) logits.
+
+        Where the model lets them, they share their prompt's row, and what was read of it is neither copied nor read as
+        often by attention.
+        """
         logits = self._forward()
         make_room(self.cache)
         if samples == 1:
             return logits
+        if self.added is not None and can_part(self.cache):
+            self.width, self.added = samples, _own_columns(self.added, self.mask.shape[1], samples)
+            return logits.repeat_interleave(samples, 0)
         self._each(lambda rows: rows.repeat_interleave(samples, 0))
         if self.cache is not None:
             self.cache.batch_repeat_interleave(samples)
         return logits.repeat_interleave(samples, 0)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Read a token a row: (B, V) logits of the next."""
-        self.ids = tokens[:, None] if self.cache is not None else torch.cat([self.ids, tokens[:, None]], dim=1)
+        """Read a token of each response: (B, V) logits of the next."""
+        new = tokens.view(-1, self.width)
+        self.ids = new if self.cache is not None else torch.cat([self.ids, new], dim=1)
         return self._forward()
 
+    @property
+    def crowded(self) -> float:
+        """Share of the responses that still go on, below which `keep` pays."""
+        return CROWDED_TOGETHER if self.width > 1 else CROWDED
+
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
+        """Only these responses go on; each has a row of its own then."""
+        if self.width > 1:
+            self._part(rows)
+            return
         self._each(lambda of_all: of_all[rows])
         if self.cache is not None:
             self.cache.batch_select_indices(rows)
+
+    def _part(self, responses: Tensor) -> None:
+        """A row for each of these, where rows were shared."""
+        assert self.added is not None
+        rows, columns = responses // self.width, responses % self.width
+        prompt, room = self.mask.shape[1], self.added.shape[-1] - self.mask.shape[1]
+        self.added = torch.nn.functional.pad(self.added[..., :1, :prompt], (0, room // self.width))
+        self._each(lambda of_all: of_all[rows])
+        for layer in self.cache.layers:
+            layer.part(rows, columns, prompt, self.width)
+        self.width = 1
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows of everything but the cache."""
@@ -153,13 +182,13 @@ class Reader:
         self.encoded, self.added = (None if t is None else change(t) for t in (self.encoded, self.added))
 
     def _forward(self) -> Tensor:
-        count = self.ids.shape[1]
+        count = self.ids.shape[1] // self.width
         self.length = count if self.cache is None else self.length + count
         given: dict[str, Any] = {"use_cache": True}
         if "past_key_values" in self.takes:  # a recurrent model keeps no such cache: it reads everything again
             given["past_key_values"] = self.cache
         if "logits_to_keep" in self.takes:
-            given["logits_to_keep"] = 1
+            given["logits_to_keep"] = self.width
         if self.encoded is not None:
             given |= {"encoder_outputs": BaseModelOutput(last_hidden_state=self.encoded), "attention_mask": self.mask}
             given["decoder_input_ids"] = self.ids
@@ -168,15 +197,23 @@ class Reader:
             if "position_ids" in self.takes:
                 padding = self.mask.shape[1] - self.mask.sum(1, keepdim=True)  # (B, 1)
                 places = torch.arange(self.length - count, self.length, device=padding.device)
-                given["position_ids"] = (places - padding).clamp(min=0)
+                given["position_ids"] = (places - padding).clamp(min=0).repeat_interleave(self.width, 1)
         with self.active() as model:
             output = model(**given)
         if "past_key_values" in self.takes:
             self.cache = output.past_key_values
-        return output.logits[:, -1]
+        return output.logits[:, -self.width :].flatten(0, 1)
 
     def _causal_mask(self) -> Tensor:
-        """(B, L) of all that is read, or for one more token (B, 1, 1, L) what is added to its scores."""
+        """(B, L) of all that is read, or for one more token of each (B, 1, width, L) what is added to its scores."""
+        prompt = self.mask.shape[1]
         if self.added is not None and self.cache is not None:
-            return self.added[..., : self.length]
+            return self.added[..., : prompt + self.width * (self.length - prompt)]
         return torch.nn.functional.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)
+
+
+def _own_columns(added: Tensor, prompt: int, width: int) -> Tensor:
+    """(B, 1, 1, prompt + room) -> (B, 1, width, prompt + width room): each response sees the prompt and itself."""
+    own = torch.eye(width, dtype=torch.bool, device=added.device).repeat(1, added.shape[-1] - prompt)
+    others = torch.zeros_like(own, dtype=added.dtype).masked_fill_(~own, torch.finfo(added.dtype).min)
+    return torch.cat([t.expand(len(added), 1, width, -1) for t in (added[..., :prompt], others)], dim=-1)

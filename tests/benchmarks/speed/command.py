@@ -17,7 +17,7 @@ from speed.growth import growth
 from speed.memory import adapters, memory, print_peak
 from speed.overlap import overlap
 from speed.replay import replay
-from speed.rollouts import iteration, rollout
+from speed.rollouts import iteration, merged_rollout, rollout
 from speed.scoring import scoring
 from speed.start import start
 from speed.table import CLOCKS, Settings
@@ -30,6 +30,7 @@ ROWS = {
     "memory": memory,
     "adapters": adapters,
     "rollout": rollout,
+    "merged_rollout": merged_rollout,
     "iteration": iteration,
     "scoring": scoring,
     "overlap": overlap,

@@ -19,6 +19,25 @@ def rollout(settings: Settings) -> Iterator[Line]:
         yield compare(f"rollout against one padded generate call, {size:.1f}M", fast, slow, "tokens/s", ">= 2")
 
 
+def merged_rollout(settings: Settings) -> Iterator[Line]:
+    """The same responses by a model with a LoRA adapter: merged meanwhile, as rollouts do it, against as it is."""
+    from lmdqn.model.merging import adapter_merged
+
+    rows, texts = pairs(settings.data, 8, 1), texts_of(settings.data)
+    for width, layers in ((160, 3), (512, 8)):
+        loaded = loaded_model(texts, width, layers, 1500, lora=True)
+        prompts = [loaded.tokenizer(row["source"] + "\n").input_ids for row in rows]
+        as_it_is, _ = _rollout_against_generate(loaded, prompts, settings)
+
+        def merged(loaded: Any = loaded, as_it_is: Callable[[], float] = as_it_is) -> float:
+            with adapter_merged(loaded.model, "default"):
+                return as_it_is()
+
+        fast, slow = settings.alternate(merged, as_it_is)
+        size = sum(p.numel() for p in loaded.model.parameters()) / 1e6
+        yield compare(f"rollout with the adapter merged against as it is, {size:.1f}M", fast, slow, "tokens/s", "")
+
+
 def _rollout_against_generate(
     loaded: Any, prompts: list[list[int]], settings: Settings
 ) -> tuple[Callable[[], float], Callable[[], float]]:

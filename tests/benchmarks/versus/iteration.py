@@ -42,7 +42,8 @@ def episode_rates(data: Path, output: Path, clock: Callable[[], float]) -> tuple
     """Episodes a second of lmdqn's default recipe and of TRL's GRPO, from one warm start that is kept in `output`."""
     settings = Settings(data.parent, output, 60.0, 1, 1, overrides=(EPOCHS,))
     arena = Arena(Task(data.name, "causal"), settings)
-    recipe = arena.recipe("qlearning.max_seconds=null", f"qlearning.max_steps={STEPS}")
+    steps = "qlearning.max_seconds=null", f"qlearning.max_steps={STEPS}"
+    recipe = arena.recipe("optimisation.learning_rate=3e-4", *steps)
     episodes = recipe.rollout.prompts * recipe.rollout.samples
 
     def rate(run: Callable[..., None]) -> float:

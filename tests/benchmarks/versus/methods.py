@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make_batch, micro_batches
-from lmdqn.learn.optimisation import Optimiser, rate_factor
+from lmdqn.learn.optimisation import Optimiser, default_rate, rate_factor
 from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks
@@ -88,7 +88,7 @@ def _run_lean(write: Write, lessons: Lessons, arena: Arena, recipe: Recipe, reco
     settings = recipe.optimisation
     optimiser = Optimiser(
         Accelerator(cpu=True),
-        [(trained_parameters(online), settings.learning_rate)],
+        [(trained_parameters(online), settings.learning_rate or default_rate(online))],
         settings.adam_betas,
         settings.weight_decay,
         settings.clip_norm,

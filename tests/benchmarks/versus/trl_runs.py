@@ -135,6 +135,7 @@ class _Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **has: Any) -> None:
         settings = self.recipe.optimisation
+        assert settings.learning_rate is not None  # a benchmark's settings name it
         factor = rate_factor(settings.schedule, self.recorder.budget.progress(0), 0.0)
         for group in has["optimizer"].param_groups:
             group["lr"] = settings.learning_rate * factor
