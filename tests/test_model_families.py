@@ -13,7 +13,7 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import over_vocabulary, response_log_probs
-from lmdqn.model.reading import decode
+from lmdqn.model.reading import MOST_KEYS, decode
 from lmdqn.model.rollout import Rollout, Sampler, measure_log_probs
 from lmdqn.model.vocabulary import log_prob_of
 from lmdqn.recipe import validate
@@ -116,8 +116,12 @@ def test_sharing_a_row_is_used_where_the_model_allows_and_changes_nothing(loaded
     torch.testing.assert_close(networks.online(shared).logits, networks.online(apart).logits, atol=2e-5, rtol=2e-5)
 
 
-def test_rows_that_leave_one_by_one_change_nothing_for_the_others(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("most_keys", [MOST_KEYS, 1.5], ids=["until half have left", "until it is crowded"])
+def test_rows_that_leave_one_by_one_change_nothing_for_the_others(
+    most_keys: float, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Words and lengths drawn beforehand: what the model says before each token is what it says of them alone."""
+    monkeypatch.setattr("lmdqn.model.reading.MOST_KEYS", most_keys)
     eos = loaded.tokenizer.eos_token_id
     lengths = [1, 9, 3, 2, 12, 5]  # of three responses to each prompt
     words = torch.randint(3, len(loaded.tokenizer), (6, 12), generator=torch.Generator().manual_seed(2))

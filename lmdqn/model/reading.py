@@ -17,6 +17,7 @@ Choose = Callable[..., Tensor]  # which rows (b,), logits (b, V) of each reader 
 Active = Callable[[], AbstractContextManager[Any]]  # the model, with the adapter that is meant
 CROWDED = 0.75  # share of a batch that still goes on, below which the others leave: to leave copies the whole cache
 CROWDED_TOGETHER = 0.5  # the same where responses share their prompt's row, of which each then gets a copy
+MOST_KEYS = 4  # in a shared row, over those that a response sees there: the others' are masked, but computed
 
 
 def greedy(rows: Tensor, logits: Tensor) -> Tensor:
@@ -154,7 +155,11 @@ class Reader:
     @property
     def crowded(self) -> float:
         """Share of the responses that still go on, below which `keep` pays."""
-        return CROWDED_TOGETHER if self.width > 1 else CROWDED
+        if self.width == 1:
+            return CROWDED
+        prompt = self.mask.shape[1]
+        keys = prompt + self.width * (self.length - prompt)
+        return CROWDED_TOGETHER if keys <= MOST_KEYS * self.length else 1.0
 
     def keep(self, rows: Tensor) -> None:
         """Only these responses go on; each has a row of its own then."""

@@ -11,7 +11,8 @@ every method learns for --seconds of the --clock; validation at --evaluations fi
 Each method is tuned with seed 0, by its best validation reward, over its learning rates (--tune-lrs; where not given,
 four a method: TRL and the lean loops 5e-5 to 5e-4, lmdqn 1e-4 to 8e-4). TRL and the lean loops get the best rate of
 each set; lmdqn gets one rate for all sets of the command. Then seeds 1 to --seeds run with it and are tested.
-A single rate needs no tuning.
+A single rate needs no tuning. With --lora every method trains an adapter over the checkpoint, which wants about ten
+times the rates: name them.
 
 Interrupt it at will: OUT/SET-ARCHITECTURE/units has a file for each finished (method, rate, schedule, seed), which is
 never run again; after a change to lmdqn, delete its files there. After each seed, report.md and table.jsonl (test
