@@ -92,7 +92,8 @@ def write_run(folder: Path, changes: Changes | None = None) -> Path:
         "warm_start": {"epochs": 12, "batch_examples": 4, "learning_rate": 1e-2},
         "rollout": {"prompts": 5, "samples": 2, "temperature": 0.7},
         "replay": {"batch_groups": 5, "fresh_share": 0.5, "demonstrations": 1},
-        "qlearning": {"max_steps": 4, "huber_delta": 10.0},
+        "qlearning": {"max_steps": 4, "huber_delta": 10.0, "value_learning_rate": 9e-4},
+        "optimisation": {"learning_rate": 3e-4},  # low, as steps make rounding errors larger
         "evaluation": {"every_steps": 2, "bootstrap_samples": 100},
         "output": {"dir": str(folder / "run"), "log_every_steps": 1},
     }
