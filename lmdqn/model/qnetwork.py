@@ -20,7 +20,7 @@ from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
 from lmdqn.model.zero import Zero
 
-RATE_WIDTH = 160  # hidden size of the models that the value head's rate was measured with
+RATE_WIDTH = 160  # hidden size of the models that learning rates were measured with
 FAR = 10.0  # standard deviations from the mean, past which the value head does not tell features apart
 
 

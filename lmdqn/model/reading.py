@@ -103,7 +103,9 @@ class Reader:
     ids: Tensor  # (B, L) what the decoder is about to read; without a cache, all that it has read too
     mask: Tensor  # (B, P) of the prompt, padding excluded: a causal model's, or the encoder's
     encoded: Tensor | None  # (B, P, H) seq2seq only
-    added: Tensor | None = None  # (B, 1, 1, P + room) what is added to a causal model's scores, where it takes that
+    added: Tensor | None = (
+        None  # (B, 1, width, P + width room) what is added to a causal model's scores, if it takes it
+    )
     width: int = 1  # responses that share a row of the batch, which then reads a token of each at a time
     length: int = 0  # tokens read of each response, the prompt's, padding and the decoder's start included
     cache: Any = None
@@ -157,9 +159,13 @@ class Reader:
         """Share of the responses that still go on, below which `keep` pays."""
         if self.width == 1:
             return CROWDED
+        return CROWDED_TOGETHER if self._keys <= MOST_KEYS * self.length else 1.0
+
+    @property
+    def _keys(self) -> int:
+        """Tokens that have been read in a causal model's row, those of all its responses."""
         prompt = self.mask.shape[1]
-        keys = prompt + self.width * (self.length - prompt)
-        return CROWDED_TOGETHER if keys <= MOST_KEYS * self.length else 1.0
+        return prompt + self.width * (self.length - prompt)
 
     def keep(self, rows: Tensor) -> None:
         """Only these responses go on; each has a row of its own then."""
@@ -211,9 +217,8 @@ class Reader:
 
     def _causal_mask(self) -> Tensor:
         """(B, L) of all that is read, or for one more token of each (B, 1, width, L) what is added to its scores."""
-        prompt = self.mask.shape[1]
         if self.added is not None and self.cache is not None:
-            return self.added[..., : prompt + self.width * (self.length - prompt)]
+            return self.added[..., : self._keys]
         return torch.nn.functional.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)
 
 

@@ -23,7 +23,9 @@ def agreement(candidates: Sequence[Episode], judges: Sequence[Episode], rewards:
 
     def trial_of(candidate: Episode, judge: Episode) -> Episode:
         key = candidate.group, candidate.text, judge.text
-        return trials.setdefault(key, _judged(candidate, judge))
+        if key not in trials:
+            trials[key] = _judged(candidate, judge)
+        return trials[key]
 
     of_each = [
         [trial_of(candidate, judge) for judge in judges_of[candidate.group] if judge is not candidate]

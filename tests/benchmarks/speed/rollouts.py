@@ -10,23 +10,16 @@ from speed.table import Line, Settings, compare
 
 def rollout(settings: Settings) -> Iterator[Line]:
     """Tokens/s of responses of 5 to 128 tokens in groups of 8, against one padded call of `generate`."""
-    rows, texts = pairs(settings.data, 8, 1), texts_of(settings.data)
-    for width, layers in ((160, 3), (512, 8)):
-        loaded = loaded_model(texts, width, layers, 1500)
-        prompts = [loaded.tokenizer(row["source"] + "\n").input_ids for row in rows]
+    for loaded, prompts, size in _models_and_prompts(settings, lora=False):
         fast, slow = settings.alternate(*_rollout_against_generate(loaded, prompts, settings))
-        size = sum(p.numel() for p in loaded.model.parameters()) / 1e6
-        yield compare(f"rollout against one padded generate call, {size:.1f}M", fast, slow, "tokens/s", ">= 2")
+        yield compare(f"rollout against one padded generate call, {size}", fast, slow, "tokens/s", ">= 2")
 
 
 def merged_rollout(settings: Settings) -> Iterator[Line]:
     """The same responses by a model with a LoRA adapter: merged meanwhile, as rollouts do it, against as it is."""
     from lmdqn.model.merging import adapter_merged
 
-    rows, texts = pairs(settings.data, 8, 1), texts_of(settings.data)
-    for width, layers in ((160, 3), (512, 8)):
-        loaded = loaded_model(texts, width, layers, 1500, lora=True)
-        prompts = [loaded.tokenizer(row["source"] + "\n").input_ids for row in rows]
+    for loaded, prompts, size in _models_and_prompts(settings, lora=True):
         as_it_is, _ = _rollout_against_generate(loaded, prompts, settings)
 
         def merged(loaded: Any = loaded, as_it_is: Callable[[], float] = as_it_is) -> float:
@@ -34,8 +27,16 @@ def merged_rollout(settings: Settings) -> Iterator[Line]:
                 return as_it_is()
 
         fast, slow = settings.alternate(merged, as_it_is)
-        size = sum(p.numel() for p in loaded.model.parameters()) / 1e6
-        yield compare(f"rollout with the adapter merged against as it is, {size:.1f}M", fast, slow, "tokens/s", "")
+        yield compare(f"rollout with the adapter merged against as it is, {size}", fast, slow, "tokens/s", "")
+
+
+def _models_and_prompts(settings: Settings, lora: bool) -> Iterator[tuple[Any, list[list[int]], str]]:
+    """Two models, eight prompts as each reads them, and its size in words."""
+    rows, texts = pairs(settings.data, 8, 1), texts_of(settings.data)
+    for width, layers in ((160, 3), (512, 8)):
+        loaded = loaded_model(texts, width, layers, 1500, lora)
+        prompts = [loaded.tokenizer(row["source"] + "\n").input_ids for row in rows]
+        yield loaded, prompts, f"{sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f}M"
 
 
 def _rollout_against_generate(
