@@ -3,7 +3,7 @@
 import pytest
 
 from lmdqn.learn.budget import Budget
-from lmdqn.learn.optimisation import rate_factor
+from lmdqn.learn.learning_rates import rate_factor
 from tests.text_world import World, trainer_of, world_recipe
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lmdqn.episodes import VALUE_FEATURES, Batch, Episode, Example, make_batch
-from lmdqn.learn.optimisation import default_rate
+from lmdqn.learn.learning_rates import default_rate, value_head_rate
 from lmdqn.model.loading import LoadedModel, load_model, load_trained
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import over_vocabulary, trained_parameters
@@ -59,7 +59,7 @@ def test_rates_are_those_measured_and_fall_with_the_width(
     section = ModelSection(name=str(tmp_path), lora=Lora(rank=4) if lora else None)
     network = Networks.build(load_model(section, (), 0, max_response_tokens=8), beta=0.1, seed=0).online
     assert default_rate(network) == pytest.approx(model_rate, rel=1e-3)
-    assert network.value_head.peak_rate(9e-3) == pytest.approx(9e-3 / wider)
+    assert value_head_rate(network, 9e-3) == pytest.approx(9e-3 / wider)
 
 
 def a_batch(loaded: LoadedModel) -> Batch:

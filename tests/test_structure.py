@@ -73,6 +73,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.learn.processes",
         "lmdqn.learn.behaviour",
         "lmdqn.learn.budget",
+        "lmdqn.learn.learning_rates",
         "lmdqn.learn.optimisation",
         "lmdqn.learn.backups",
         "lmdqn.learn.objective",

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lmdqn.episodes import Episode, Example, SequenceFormat
+from lmdqn.learn.learning_rates import MEASURED_WIDTH
 from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks
@@ -58,6 +59,7 @@ class TableHead(nn.Module):
     """A value for each prefix, zero at the start."""
 
     is_standardised = True  # it sees no features
+    width = MEASURED_WIDTH  # one row of it is read at a time, so its rate is that of the recipe at any size
     scale: Tensor
 
     def __init__(self, prefixes: int, scale: float, quantiles: int):
@@ -68,9 +70,6 @@ class TableHead(nn.Module):
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         return self.scale * self.outer(hidden.detach().float())
-
-    def peak_rate(self, of_measured: float) -> float:
-        return of_measured
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters()) | dict(self.named_buffers())

@@ -1,6 +1,5 @@
-"""One update: micro-batches, gradients through Accelerate, clipping, and the course of the learning rate."""
+"""One update: micro-batches, gradients through Accelerate, clipping, a step of AdamW."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,26 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from lmdqn.errors import NotFinite
 from lmdqn.learn.processes import Processes
-from lmdqn.model.loading import hidden_size
-from lmdqn.model.qnetwork import RATE_WIDTH, QNetwork
+from lmdqn.model.qnetwork import QNetwork
 from lmdqn.model.sharding import part_of
 from lmdqn.model.zero import Zero
 
-ALL_WEIGHTS_RATE = 3e-4  # measured best where all weights of models of `RATE_WIDTH` learn
-ADAPTER_FACTOR = 10  # of an adapter's rate over that
-WIDTH_POWER = 0.781  # by which a wider model's is less: Schulman et al.'s for Llama
 Part = TypeVar("Part")
 ParameterGroup = tuple[list[nn.Parameter], float]  # parameters and their peak learning rate
-
-
-def default_rate(network: QNetwork) -> float:
-    """Peak rate for what of the network's language model learns.
-
-    Rule and factor are those of Schulman et al. 2025 (LoRA Without Regret); the rate was measured here, and is within a
-    fifth of theirs.
-    """
-    factor = ADAPTER_FACTOR if network.adapter is not None else 1
-    return factor * ALL_WEIGHTS_RATE * (RATE_WIDTH / hidden_size(network.model)) ** WIDTH_POWER
 
 
 class Skips:
@@ -154,16 +139,3 @@ class Optimiser:
     def _own(moment: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
         """This process's part of what Adam keeps of a parameter; the count of its steps has no parts."""
         return {name: part_of(kept, parameter) if kept.dim() else kept for name, kept in moment.items()}
-
-
-def rate_factor(schedule: str, progress: float, warmup: float) -> float:
-    """Learning rate over its peak when `progress` of the budget (0 to 1) is spent; it rises linearly until `warmup`."""
-    if progress < warmup:
-        return progress / warmup
-    left = 1 - (progress - warmup) / max(1e-9, 1 - warmup)
-    left = min(1.0, max(0.0, left))
-    if schedule == "linear":
-        return left
-    if schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    return 1.0

@@ -15,7 +15,8 @@ from lmdqn.learn.checkpoint import AfterStep
 from lmdqn.learn.collector import Collector
 from lmdqn.learn.continuation import Continuation
 from lmdqn.learn.guards import Guards
-from lmdqn.learn.optimisation import Optimiser, Skips, default_rate
+from lmdqn.learn.learning_rates import default_rate, value_head_rate
+from lmdqn.learn.optimisation import Optimiser, Skips
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.replay import Group, Replay, most_telling
 from lmdqn.learn.step_record import Update, rollout_record, update_record
@@ -92,7 +93,7 @@ class Trainer:
         optimisation = self.recipe.optimisation
         online = self.networks.online
         rate = optimisation.learning_rate or default_rate(online)
-        value_rate = online.value_head.peak_rate(self.recipe.qlearning.value_learning_rate)
+        value_rate = value_head_rate(online, self.recipe.qlearning.value_learning_rate)
         self.processes = Processes(self.accelerator)
         self.guards = Guards(self.recipe.guards)
         self.skips = Skips(optimisation.max_skipped)

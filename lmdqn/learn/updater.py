@@ -10,9 +10,10 @@ import torch
 from lmdqn.episodes import Batch, Episode, Example, SequenceFormat, make_batch, micro_batches, shortest_episode
 from lmdqn.errors import NotFinite
 from lmdqn.learn.collector import Collector
+from lmdqn.learn.learning_rates import rate_factor
 from lmdqn.learn.match_features import mean_and_deviation, value_moments
 from lmdqn.learn.objective import Learnt, loss_terms, q_loss
-from lmdqn.learn.optimisation import Optimiser, rate_factor
+from lmdqn.learn.optimisation import Optimiser
 from lmdqn.learn.processes import Processes, deal
 from lmdqn.learn.replay import Draw, Replay
 from lmdqn.learn.step_record import Update, for_the_record, residuals_of_groups, whole_update

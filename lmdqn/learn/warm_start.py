@@ -13,7 +13,8 @@ from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make
 from lmdqn.errors import NotFinite
 from lmdqn.learn.budget import Budget
 from lmdqn.learn.checkpoint import AfterStep
-from lmdqn.learn.optimisation import Optimiser, Skips, rate_factor
+from lmdqn.learn.learning_rates import rate_factor
+from lmdqn.learn.optimisation import Optimiser, Skips
 from lmdqn.learn.processes import Processes
 from lmdqn.learn.prompt_draw import ExampleWalk
 from lmdqn.model.qnetwork import QNetwork, response_log_probs, trained_parameters

@@ -20,7 +20,6 @@ from lmdqn.model.sharing import causal_inputs
 from lmdqn.model.vocabulary import LogitsOf, Reduce, log_prob_of, reduce_in_chunks
 from lmdqn.model.zero import Zero
 
-RATE_WIDTH = 160  # hidden size of the models that learning rates were measured with
 FAR = 10.0  # standard deviations from the mean, past which the value head does not tell features apart
 
 
@@ -39,6 +38,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden: int, features: int, scale: float, quantiles: int = 1):
         super().__init__()
+        self.width = hidden
         self.inner = nn.Linear(hidden + features, hidden)
         self.outer = nn.Linear(hidden, quantiles)
         nn.init.zeros_(self.outer.weight)
@@ -56,13 +56,6 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             seen = torch.cat([hidden.detach().float(), standardised], dim=-1)
             return self.scale * self.outer(nn.functional.gelu(self.inner(seen)))
-
-    def peak_rate(self, of_measured: float) -> float:
-        """AdamW's rate for this head, from that for one of `RATE_WIDTH`.
-
-        A step of Adam moves what a layer gives by the rate times its inputs (muP; Yang et al. 2021, table 3).
-        """
-        return of_measured * RATE_WIDTH / self.outer.in_features
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it is, by name: its parameters, and its features' usual values."""

@@ -9,7 +9,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lmdqn.episodes import Episode, Example, SequenceFormat, demonstration, make_batch, micro_batches
-from lmdqn.learn.optimisation import Optimiser, default_rate, rate_factor
+from lmdqn.learn.learning_rates import default_rate, rate_factor
+from lmdqn.learn.optimisation import Optimiser
 from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks

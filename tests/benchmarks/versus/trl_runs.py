@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from lmdqn.episodes import Example
 from lmdqn.errors import UserError
-from lmdqn.learn.optimisation import rate_factor
+from lmdqn.learn.learning_rates import rate_factor
 from lmdqn.recipe import Recipe
 from versus.arena import Arena, Recorder, Variant
 
