@@ -144,7 +144,9 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "recipes/METHOD.md", "recipes/RESULTS.md", "recipes/EXPERIMENTS.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "recipes/README.md", "recipes/METHOD.md", "recipes/RESULTS.md", "recipes/EXPERIMENTS.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     here = ROOT / page
     for link in re.findall(r"\]\(([^)]+)\)", here.read_text(encoding="utf-8")):
