@@ -213,7 +213,7 @@ def hub_rows(wanted: PublicSet, split: str, options: Options) -> Iterator[Row]:
     huggingface_hub.logging.set_verbosity_error()  # its client would tell of each retry
     try:
         yield from datasets.load_dataset(wanted.hub, wanted.config(options), split=split, revision=wanted.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PrepareError(f"cannot load {wanted.hub} [{split}] from the hub: {reason}") from error
 

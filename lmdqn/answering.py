@@ -33,7 +33,7 @@ def evaluate(
     """
     loaded, recipe = load_for_use(run_or_model, recipe)
     examples = _encoded_split(loaded, recipe, split)
-    texts = decoder(run_or_model, loaded, recipe)(examples)
+    texts = decoder(run_or_model, loaded, recipe)(examples, 0)
     return score_tasks(texts, examples, TaskRewards(recipe.every_task), recipe.task_weights), examples
 
 
@@ -50,11 +50,16 @@ def responses(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe, pai
     for start in range(0, len(pairs), at_once):
         batch = pairs[start : start + at_once]
         examples, _ = encode_examples(batch, recipe.only_task.data, loaded.tokenizer, loaded.layout)
-        yield from decode(examples)
+        yield from decode(examples, start)
 
 
-def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Callable[[Sequence[Example]], list[str]]:
+def decoder(
+    run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe
+) -> Callable[[Sequence[Example], int], list[str]]:
     """What decodes as the recipe says; what a method needs beside the model comes from the run's folder, once.
+
+    It is called with examples, and with the number of the first of them where others came before: each number has
+    random numbers of its own.
 
     Raises:
         UserError: the recipe's value head cannot rank responses, or is not there.
@@ -70,19 +75,24 @@ def decoder(run_or_model: str | Path, loaded: LoadedModel, recipe: Recipe) -> Ca
         head = load_value_head(folder.model, hidden)
     else:
         head = ValueHead(hidden, VALUE_FEATURES, qlearning.beta)
-    device = accelerator_for(recipe).device
-    network, rollout = QNetwork(loaded.model, head.to(device)), rollout_of(loaded, recipe)
+    accelerator = accelerator_for(recipe)
+    network, rollout = QNetwork(loaded.model, head.to(accelerator.device)), rollout_of(loaded, recipe)
 
     @cache
     def reference() -> QNetwork:
         model = load_on_device(folder.reference_name(recipe), recipe).model
-        return QNetwork(model, ValueHead(hidden, VALUE_FEATURES, qlearning.beta).to(device))
+        return QNetwork(model, ValueHead(hidden, VALUE_FEATURES, qlearning.beta).to(accelerator.device))
 
     @cache
     def rewards() -> TaskRewards:
         return TaskRewards(recipe.every_task)
 
-    return lambda examples: respond(network, rollout, examples, decoding, recipe.seed, reference, rewards)
+    def decode(examples: Sequence[Example], first: int) -> list[str]:
+        groups = range(first, first + len(examples))
+        with accelerator.autocast():
+            return respond(network, rollout, examples, groups, recipe, reference, rewards)
+
+    return decode
 
 
 def log_episodes(
@@ -99,7 +109,8 @@ def log_episodes(
         raise UserError("rollout.reference_top_k and reference_top_p need a reference beside the model: drop them")
     examples = _encoded_split(loaded, recipe, split)
     network = QNetwork(loaded.model, ValueHead(hidden_size(loaded.model), VALUE_FEATURES, recipe.qlearning.beta))
-    network.to(accelerator_for(recipe).device)
+    accelerator = accelerator_for(recipe)
+    network.to(accelerator.device)
     rollout, rewards = rollout_of(loaded, recipe), TaskRewards(recipe.every_task)
     samples, seed, at_once = recipe.rollout.samples, recipe.seed, recipe.evaluation.batch_examples
 
@@ -107,7 +118,8 @@ def log_episodes(
         for start in range(0, len(examples), at_once):
             part = examples[start : start + at_once]
             groups = range(start, start + len(part))
-            episodes = rollout.sample(network, part, samples, exploration, seed, groups)
+            with accelerator.autocast():
+                episodes = rollout.sample(network, part, samples, exploration, seed, groups)
             rewards.score(episodes)
             yield from episodes
 
@@ -127,7 +139,7 @@ def load_for_use(run_or_model: str | Path, recipe: Recipe | None) -> tuple[Loade
             raise UserError(f"run {run.path} has no model/ folder: it ended before its first validation")
         name, recipe = str(run.model), recipe or load_recipe(run.recipe)
     if recipe is None:
-        raise UserError(f"{run_or_model} is no run of lmdqn: give a recipe that names the data for it")
+        raise UserError(f"{run_or_model} is no run of lmdqn: give --recipe, one that names the data for it")
     return load_on_device(name, recipe), recipe
 
 

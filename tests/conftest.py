@@ -60,7 +60,9 @@ def finished_run(tmp_path: Path) -> Callable[..., Path]:
     from lmdqn.results.significance import paired_significance
     from lmdqn.text.rewards import Reward
 
-    def make(name: str, dqn: Sequence[str], sources: Sequence[str] = SOURCES, **sections: Any) -> Path:
+    def make(
+        name: str, dqn: Sequence[str], sources: Sequence[str] = SOURCES, samples: int = 100, **sections: Any
+    ) -> Path:
         tree = {"model": {"name": "a/model"}, "data": {"path": "data"}, "output": {"dir": str(tmp_path / name)}}
         recipe = validate({**tree, **sections}, "test")
         folder = RunFolder.check(recipe.output)
@@ -69,7 +71,7 @@ def finished_run(tmp_path: Path) -> Callable[..., Path]:
         responses = {"start": [""] * len(sources), "mle": ["the cat sat on a hill"] * len(sources), "dqn": list(dqn)}
         reward = Reward(recipe.only_task.reward)
         test = {phase: score_responses(texts, examples, reward) for phase, texts in responses.items()}
-        significance = paired_significance(test, "mle", [e.references for e in examples], 100)
+        significance = paired_significance(test, "mle", [e.references for e in examples], samples)
         folder.save_results(test, significance, {"mle": 61.0, "dqn": 120.0, "total": 7200.0}, examples)
         lines = [{"phase": "mle", "step": step, "loss": 1 / step} for step in (1, 2)]
         lines += [

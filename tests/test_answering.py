@@ -4,19 +4,24 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import lmdqn
-from lmdqn.answering import load_for_use
+from lmdqn.answering import decoder, load_for_use
 from lmdqn.chat import Chat
 from lmdqn.episodes import VALUE_FEATURES
 from lmdqn.model.loading import load_model
 from lmdqn.model.qnetwork import ValueHead
-from lmdqn.recipe import Recipe, dump_recipe
+from lmdqn.recipe import Recipe, dump_recipe, load_recipe
+from lmdqn.text.data import source_alone
+from lmdqn.text.prompts import encode_examples
 
 CommandLine = Callable[..., Any]
 GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 96}
@@ -61,6 +66,37 @@ def test_lines_in_lines_out_in_order(run: Path, tmp_path: Path, command_line: Co
     assert written == [*(" ".join(response.splitlines()) for response in one_by_one), ""]
     printed = command_line("generate", run, "--input", tmp_path / "in.txt")
     assert printed.out == "\n".join(written)
+
+
+def test_standard_input_is_a_file_of_lines(run: Path, command_line: CommandLine, monkeypatch: Any) -> None:
+    def piped(content: bytes) -> Any:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        return command_line("generate", run, "--input", "-")
+
+    assert piped(b"cat\n\ndog\n").out.splitlines() == [lmdqn.generate(run, [s])[0] for s in ("cat", "dog")]
+    refused = piped(b"\xff\n")
+    assert (refused.code, refused.err) == (2, "lmdqn: cannot read standard input: not UTF-8\n")
+
+
+def test_precision_is_the_recipes(run: Path) -> None:
+    """As in the run, whose results.json was measured under autocast."""
+    recipe = load_recipe(run / "recipe.yaml", ["optimisation.mixed_precision=bf16"])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = lmdqn.generate(run, SOURCES)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
+    dtypes = set()
+    loaded, _ = load_for_use(run, recipe)
+    decode = decoder(run, loaded, recipe)
+    loaded.model.lm_head.register_forward_hook(lambda head, inputs, output: dtypes.add(output.dtype))
+    pairs = [source_alone(source) for source in SOURCES]
+    examples, _ = encode_examples(pairs, recipe.only_task.data, loaded.tokenizer, loaded.layout)
+    assert decode(examples, 0) == expected
+    assert dtypes == {torch.bfloat16}
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_version(command_line: CommandLine) -> None:
+    assert command_line("--version").out == f"lmdqn {metadata.version('lmdqn')}\n"
 
 
 def test_objects_in_objects_out_with_the_recipes_columns(tmp_path: Path, command_line: CommandLine) -> None:

@@ -129,6 +129,14 @@ def test_missing_reward_function(refusal: Refusals) -> None:
     assert "'no_such_module:f'" in refusal.of_training("reward.mix={'no_such_module:f': 1}")
 
 
+@pytest.mark.parametrize("line", ["X = undefined_name", "import sys; sys.exit()", "{}['key']", "raise RuntimeError"])
+def test_reward_file_that_fails(refusal: Refusals, line: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"import math\n{line}\n", encoding="utf-8")
+    sentence = refusal.of_training(f"reward.mix={{'{tmp_path}/mine.py:f': 1}}")
+    assert f"cannot load {tmp_path}/mine.py" in sentence
+    assert f"(line 2 of {tmp_path}/mine.py)" in sentence
+
+
 @pytest.mark.parametrize(
     ("scratch", "named"),
     [
@@ -173,6 +181,20 @@ def test_malformed_line(refusal: Refusals) -> None:
     with (refusal.write_data() / "test.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"source": \n')
     assert "test.jsonl, line 4: not valid JSON" in refusal.of_training()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (r'{"source": "\ud83d x", "references": "y"}', r"half of a surrogate pair, '\ud83d'"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+    ids=["half an emoji", "deep"],
+)
+def test_line_that_is_no_text(refusal: Refusals, line: str, problem: str) -> None:
+    with (refusal.write_data() / "test.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    assert f"test.jsonl, line 4: not valid JSON ({problem})" in refusal.of_training()
 
 
 def test_prompt_longer_than_the_context(refusal: Refusals) -> None:
@@ -280,6 +302,14 @@ def test_no_pickled_adapter_is_read(byte_tokenizer: Any, tmp_path: Path) -> None
     assert not (tmp_path / "was here").exists()
 
 
+def test_adapter_in_the_place_of_a_model(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) -> None:
+    folder = save(tmp_path, tiny_gpt2(byte_tokenizer), byte_tokenizer)
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    sentence = refusal.of_model(folder)
+    assert f"model {folder} is an adapter" in sentence
+    assert "merge it into its base" in sentence
+
+
 def test_image_model(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -362,7 +392,7 @@ def test_output_below_a_file(refusal: Refusals) -> None:
 def test_evaluating_a_bare_model_without_a_recipe(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) -> None:
     folder = save(tmp_path, tiny_gpt2(byte_tokenizer), byte_tokenizer)
     sentence = refusal.of("evaluate", folder)
-    assert sentence == f"{folder} is no run of lmdqn: give a recipe that names the data for it"
+    assert sentence == f"{folder} is no run of lmdqn: give --recipe, one that names the data for it"
 
 
 def test_evaluating_a_run_that_saved_no_model(refusal: Refusals) -> None:

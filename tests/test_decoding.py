@@ -16,7 +16,7 @@ from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import StateOutputs
 from lmdqn.model.rollout import Rollout
-from lmdqn.recipe import DataSection, DecodingSection, RewardSection, TaskSection, validate
+from lmdqn.recipe import DataSection, DecodingSection, Recipe, RewardSection, TaskSection, validate
 from lmdqn.text.agreement import agreement
 from lmdqn.text.rewards import TaskRewards
 from tests.conftest import Ran
@@ -36,11 +36,18 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return load_model(section, ["the cat sat on the mat"] * 5, seed=0, max_response_tokens=8)
 
 
-def decode(loaded: LoadedModel, networks: Networks, **decoding: Any) -> list[str]:
+def decoding_recipe(decoding: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
+    return validate(
+        {"model": {"from_scratch": {}}, "data": {"path": "."}, "decoding": decoding, **sections}, "decoding"
+    )
+
+
+def decode(loaded: LoadedModel, networks: Networks, first: int = 0, **decoding: Any) -> list[str]:
     examples = [Example(p, (), tuple(loaded.tokenizer(p).input_ids), (), p) for p in PROMPTS]
     rollout = Rollout(loaded.layout, loaded.tokenizer, max_response_tokens=6)
-    section = DecodingSection(**decoding)
-    return respond(networks.online, rollout, examples, section, 0, lambda: networks.reference, lambda: REWARDS)
+    groups = range(first, first + len(examples))
+    recipe = decoding_recipe(decoding)
+    return respond(networks.online, rollout, examples, groups, recipe, lambda: networks.reference, lambda: REWARDS)
 
 
 def test_beam_search_is_that_of_transformers(loaded: LoadedModel) -> None:
@@ -61,12 +68,15 @@ def test_beam_search_is_that_of_transformers(loaded: LoadedModel) -> None:
 def test_sampling_repeats_under_its_seed_and_greedy_is_its_cold_end(loaded: LoadedModel) -> None:
     networks = Networks.build(loaded, 0.1, 0)
     assert decode(loaded, networks, method="sample") == decode(loaded, networks, method="sample")
+    assert decode(loaded, networks, first=2, method="sample") != decode(loaded, networks, method="sample")
     assert decode(loaded, networks, method="sample", temperature=1e-4) == decode(loaded, networks)
     assert decode(loaded, networks, method="sample", top_k=1) == decode(loaded, networks)
     assert decode(loaded, networks, method="sample", temperature=3.0) != decode(loaded, networks)
 
 
-def test_top_q_takes_the_greatest_advantage_among_the_references_likeliest(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("form", ["dueling", "classic"])
+def test_top_q_takes_the_greatest_q_among_the_references_likeliest(loaded: LoadedModel, form: str) -> None:
+    """Q ranks by the advantage, log(pi / pi_0); classic by the logit."""
     networks = Networks.build(loaded, 0.1, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -81,13 +91,13 @@ def test_top_q_takes_the_greatest_advantage_among_the_references_likeliest(loade
             return kept
 
     rollout = Watched(loaded.layout, loaded.tokenizer, max_response_tokens=6)
-    section = DecodingSection(method="top_q", top_k=5)
-    respond(networks.online, rollout, examples, section, 0, lambda: networks.reference, lambda: REWARDS)
+    recipe = decoding_recipe({"method": "top_q", "top_k": 5}, qlearning={"form": form})
+    respond(networks.online, rollout, examples, range(2), recipe, lambda: networks.reference, lambda: REWARDS)
     assert len(kept) == 2
     for episode in kept:
         batch, n = make_batch([episode], loaded.layout), len(episode.response_ids)
         online, reference = (network(batch).logits[:n] for network in (networks.online, networks.reference))
-        q = online.log_softmax(-1) - reference.log_softmax(-1)
+        q = online if form == "classic" else online.log_softmax(-1) - reference.log_softmax(-1)
         best = q.masked_fill(reference < reference.topk(5).values[:, -1:], -torch.inf).argmax(-1)
         assert best.tolist() == episode.response_ids
 

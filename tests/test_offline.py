@@ -77,6 +77,13 @@ def test_what_is_written_is_read_again(byte_tokenizer: Any, tmp_path: Path) -> N
         write_log(tmp_path / "log.jsonl", episodes)
 
 
+def test_where_nothing_can_be_written_nothing_is_sampled(tmp_path: Path) -> None:
+    drawn = iter([Episode(Example("one", (), (1,), (), "one"), [2], False, 0)])
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No such file or directory"):
+        write_log(tmp_path / "nowhere" / "log.jsonl", drawn)
+    assert len(list(drawn)) == 1
+
+
 def test_a_long_response_is_cut_and_no_longer_terminal(byte_tokenizer: Any, tmp_path: Path) -> None:
     log = open_log(write_rows(tmp_path / "log.jsonl", ROWS), byte_tokenizer, longest=2)
     assert log[0][0].truncated

@@ -175,6 +175,9 @@ def test_an_adapter_and_its_merge_come_back(hub: Hub, run: Path, push: CommandLi
     assert refused.code == 2
     assert f"local folder {cached}, which nobody else has: add --merge" in refused.err
     assert push(adapted, "jane/merged", "--merge").code == 0
+    generate = [sys.executable, "-m", "lmdqn", "generate", "jane/adapter", "--recipe", str(recipe), "--source", "..."]
+    ran = subprocess.run(generate, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.strip() == lmdqn.generate(adapted, ["..."])[0], ran.stderr
     loads = {
         "adapter": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("jane/base"), "jane/adapter")',
         "merged": 'AutoModelForCausalLM.from_pretrained("jane/merged")',

@@ -71,7 +71,9 @@ def test_nearest_is_silent_when_choices_are_many_and_none_is_near() -> None:
         (["qlearning.form=dqn"], "qlearning.form", "'dqn'"),
         (["seed=-1"], "seed", "-1"),
         (["data.limits.train=0"], "data.limits.train", "0"),
-        (["data.path=[a, b]"], "data.path", "['a', 'b']"),
+        (["optimisation.adam_betas=[0.9, 1.5]"], "optimisation.adam_betas", "1.5"),
+        (["reward.mix.bleu=.nan"], "reward.mix.bleu", "nan"),
+        (["qlearning.beta=.inf"], "qlearning.beta", "inf"),
         (["model.from_scratch.vocabulary_size=10"], "model.from_scratch.vocabulary_size", "10"),
         (["reward.mix=bleu"], "reward.mix", "'bleu'"),
         (["reward.mix.bleu=high"], "reward.mix.bleu", "'high'"),
@@ -275,6 +277,59 @@ def test_exponents_are_numbers_in_free_form_settings_too(write_recipe: WriteReci
 def test_values_may_hold_equals_signs(write_recipe: WriteRecipe) -> None:
     recipe = load_recipe(write_recipe(SMALLEST), ["data.prompt='a=b: {source}'"])
     assert recipe.only_task.data.prompt == "a=b: {source}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "summarize: {source}",
+        "### Instruction {source}",
+        "Text {source} # Summary",
+        "Q: {source} A:",
+        "2024",
+        "012",
+        "no",
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "'{}'", '"{}"'])
+@pytest.mark.parametrize("key", ["data.prompt", "tasks.first.data.prompt"])
+def test_text_is_taken_as_it_stands(write_recipe: WriteRecipe, text: str, form: str, key: str) -> None:
+    task = {"data": SMALLEST["data"], "reward": {}}
+    several = {"model": SMALLEST["model"], "tasks": {"first": task}}
+    recipe = load_recipe(write_recipe(several if "tasks" in key else SMALLEST), [f"{key}={form.format(text)}"])
+    assert next(iter(recipe.every_task.values())).data.prompt == text
+
+
+def test_text_that_is_null_or_has_escapes(write_recipe: WriteRecipe) -> None:
+    file = write_recipe(SMALLEST)
+    assert load_recipe(file, ["data.prompt=x", "data.prompt=null"]).only_task.data.prompt is None
+    assert load_recipe(file, [r'data.prompt="a\n{source}"']).only_task.data.prompt == "a\n{source}"
+
+
+def test_a_choice_is_text_whatever_yaml_makes_of_it(write_recipe: WriteRecipe) -> None:
+    """no is False in YAML 1.1."""
+    assert load_recipe(write_recipe(SMALLEST), ["optimisation.mixed_precision=no"]).optimisation.mixed_precision == "no"
+
+
+def test_tilde_is_the_users_home(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = load_recipe(write_recipe(SMALLEST), ["data.path=~/pairs", "output.dir=~/runs/x"])
+    assert recipe.only_task.data.path == "/home/someone/pairs"
+    assert recipe.output.dir == "/home/someone/runs/x"
+
+
+def test_a_section_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    text = "model: {from_scratch: {}}\nqlearning: {beta: 0.1}\ndata: {path: x}\nqlearning: {gamma: 0.9}\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    sentence = refusal(tmp_path / "recipe.yaml")
+    assert "'qlearning' stands there twice" in sentence
+    assert "line 4, column 1" in sentence
+
+
+@pytest.mark.parametrize("metric", ["length_words", "distinct2", "repeated_4grams"])
+def test_a_metric_that_is_no_gain_chooses_no_model(write_recipe: WriteRecipe, metric: str) -> None:
+    sentence = refusal(write_recipe(SMALLEST), f"evaluation.metric={metric}")
+    assert f"evaluation.metric={metric} is no gain by itself" in sentence
 
 
 def test_override_names_a_reward_of_the_users_own(write_recipe: WriteRecipe) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmdqn.recipe import QLearningSection
+from lmdqn.recipe import BETTER_IF_GREATER, QLearningSection
 from lmdqn.results.browser import browser_content
 from lmdqn.results.calibration import Calibration
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.results.plots import Series, interval_chart, line_chart
 from lmdqn.results.report import write_report
+from lmdqn.results.tables import COLUMNS, p_text
 from tests.conftest import HOSTILE, SOURCES, Ran
 
 
@@ -45,6 +46,40 @@ def test_the_table_shows_results_intervals_gains_and_p(run: Path) -> None:
     assert "2.0 h" in text
     assert f"peak memory {results['peak_memory_mib']['resident']:,.0f} MiB resident" in text
     assert "Nothing was recorded: no update was made" in text
+
+
+@pytest.mark.parametrize("metric", BETTER_IF_GREATER)
+def test_whichever_metric_chose_the_model(finished_run: Callable[..., Path], metric: str) -> None:
+    run = finished_run("run", SOURCES, evaluation={"metric": metric})
+    lines = (run / "metrics.jsonl").read_text().replace("validation_reward", f"validation_{metric}")
+    (run / "metrics.jsonl").write_text(lines)
+    assert f"{COLUMNS[metric]} went from" in text_of(page_of(run))
+
+
+def test_the_smallest_p_is_below_the_thousandth_that_it_rounds_to(finished_run: Callable[..., Path]) -> None:
+    """1/1001, of a gain in all of 1,000 resamples."""
+    results = json.loads((finished_run("run", SOURCES, samples=1000) / "results.json").read_text())
+    assert results["p_value"]["rougeL"] == pytest.approx(1 / 1001, rel=1e-5)
+    assert p_text(results["p_value"]["rougeL"]) == "< .001"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("predictions.jsonl", None, "cannot read {}: No such file or directory"),
+        ("metrics.jsonl", '{"phase": "mle", "step": 1}\n{"phase": "m', "{}, line 2: not valid JSON"),
+        ("results.json", "{", "{}: not valid JSON"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    command_line: Callable[..., Ran], run: Path, file: str, text: str | None, told: str
+) -> None:
+    (run / file).unlink()
+    if text is not None:
+        (run / file).write_text(text, encoding="utf-8")
+    ran = command_line("report", run)
+    assert ran.code == 2
+    assert ran.err.startswith(f"lmdqn: {told.format(run / file)}")
 
 
 def test_nothing_better_than_the_start_is_said(run: Path) -> None:

@@ -70,12 +70,12 @@ def generate(
     quiet_libraries()
     from lmdqn import answering
     from lmdqn.recipe import DataSection
-    from lmdqn.text.data import read_sources, source_alone
+    from lmdqn.text.data import read_sources, source_alone, sources_in
     from lmdqn.whole_files import whole_file
 
     pairs = [source_alone(text) for text in source or []]
     if str(input) == "-":
-        pairs += [source_alone(line.strip()) for line in sys.stdin if line.strip()]
+        pairs += sources_in(sys.stdin.buffer.read(), "standard input")
     elif input is not None:
         pairs += read_sources(input, resolved.only_task.data if resolved is not None else DataSection())
     if not pairs:
@@ -114,17 +114,13 @@ def log(
 ) -> None:
     """Sample responses as the recipe's rollouts would, score them and write them down, for offline learning."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
-    if output.exists():
-        raise UserError(f"{output} is already there: choose another name")
     quiet_libraries()
     from lmdqn.answering import log_episodes
     from lmdqn.text.episode_log import write_log
 
     count, sampled = log_episodes(run_or_model, resolved, split)
-    episodes = list(progress(sampled, count, shown=True))
-    write_log(output, episodes)
-    mean = sum(episode.reward for episode in episodes) / len(episodes)
-    typer.echo(f"{output}: {len(episodes)} episodes, mean reward {mean:.3f}")
+    count, mean = write_log(output, progress(sampled, count, shown=True))
+    typer.echo(f"{output}: {count} episodes, mean reward {mean:.3f}")
 
 
 @commands.command()

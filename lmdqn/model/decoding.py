@@ -8,7 +8,7 @@ from lmdqn.episodes import Episode, Example, make_batch
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.qnetwork import QNetwork
 from lmdqn.model.rollout import Rollout
-from lmdqn.recipe import DecodingSection
+from lmdqn.recipe import Recipe
 from lmdqn.text.agreement import agreement
 from lmdqn.text.rewards import TaskRewards
 
@@ -22,19 +22,23 @@ def respond(
     network: QNetwork,
     rollout: Rollout,
     examples: Sequence[Example],
-    decoding: DecodingSection,
-    seed: int,
+    groups: Sequence[int],
+    recipe: Recipe,
     reference: Callable[[], QNetwork],
     rewards: Callable[[], TaskRewards],
 ) -> list[str]:
-    """A response to each example; `reference` and `rewards` are called where they are needed."""
-    groups = range(len(examples))
+    """A response to each example, decoded as the recipe says.
+
+    An example draws the random numbers of its group. `reference` and `rewards` are called where they are needed.
+    """
+    decoding, seed = recipe.decoding, recipe.seed
     sampling = Exploration(decoding.temperature, decoding.top_k)
     if decoding.method == "sample":
         return [e.text for e in rollout.sample(network, examples, 1, sampling, seed, groups)]
     if decoding.method == "top_q":
         top_k = decoding.top_k or TOP_K_OF_THE_REFERENCE
-        by_q = Exploration(epsilon=0.0, reference_top_k=top_k, sharpness=ALMOST_Q_ALONE)
+        sharpness = None if recipe.qlearning.form == "classic" else ALMOST_Q_ALONE  # classic: Q is the logit itself
+        by_q = Exploration(epsilon=0.0, reference_top_k=top_k, sharpness=sharpness)
         return [e.text for e in rollout.sample(network, examples, 1, by_q, seed, groups, reference())]
     if decoding.method in ("best_of_n", "minimum_bayes_risk"):
         sampled = rollout.sample(network, examples, decoding.samples, sampling, seed, groups)

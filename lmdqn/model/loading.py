@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
 from lmdqn.episodes import SequenceFormat
 from lmdqn.errors import UserError
@@ -25,6 +26,7 @@ from lmdqn.model.sharing import can_share_prompts
 from lmdqn.recipe import FromScratch, Lora, ModelSection, nearest
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -63,20 +65,33 @@ def load_model(section: ModelSection, texts: Sequence[str], seed: int, max_respo
 
 
 def load_trained(folder: str | Path, like: ModelSection, max_response_tokens: int) -> LoadedModel:
-    """The model that a run saved in its `model/` folder, full or adapter, or any model by name, for evaluation.
+    """The model that a run saved in its `model/` folder, or any other by name, full or adapter, for evaluation.
 
     `like` says how else it is loaded: dtype, special tokens, remote code.
     """
     section = like.model_copy(update={"name": str(folder), "from_scratch": None, "lora": None})
-    if not (Path(folder) / "adapter_config.json").exists():
+    if not _has_file(section, ADAPTER_CONFIG):
         return load_model(section, (), 0, max_response_tokens)
     from peft import PeftConfig, PeftModel
 
-    if not (Path(folder) / "adapter_model.safetensors").exists():  # peft would look for a pickle
+    if not _has_file(section, "adapter_model.safetensors"):  # peft would look for a pickle
         raise UserError(f"cannot load adapter {folder}: it has no adapter_model.safetensors")
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    loaded = load_model(section.model_copy(update={"name": base}), (), 0, max_response_tokens)
-    return replace(loaded, model=PeftModel.from_pretrained(loaded.model, str(folder)).eval())
+    revision = None if Path(folder).is_dir() else section.revision  # of a folder's adapter it is the base's
+    base = PeftConfig.from_pretrained(str(folder), revision=revision).base_model_name_or_path
+    of_base = {"name": base, "revision": section.revision if revision is None else None}
+    loaded = load_model(section.model_copy(update=of_base), (), 0, max_response_tokens)
+    return replace(loaded, model=PeftModel.from_pretrained(loaded.model, str(folder), revision=revision).eval())
+
+
+def _has_file(section: ModelSection, file: str) -> bool:
+    """Whether a pretrained model's folder or repository has a file."""
+    assert section.name is not None
+    quiet = ("missing_entries", "gated_repo", "connection_errors")
+    try:
+        options = {f"_raise_exceptions_for_{problem}": False for problem in quiet}
+        return cached_file(section.name, file, revision=section.revision, **options) is not None
+    except OSError:  # there is no such model, as loading it will tell
+        return False
 
 
 def read_config(section: ModelSection, local_files_only: bool = False) -> PreTrainedConfig:
@@ -90,6 +105,11 @@ def read_config(section: ModelSection, local_files_only: bool = False) -> PreTra
             local_files_only=local_files_only,
         )
     except (OSError, ValueError) as error:
+        if _has_file(section, ADAPTER_CONFIG):
+            raise UserError(
+                f"model {section.name} is an adapter, and model.name must be a whole model: merge it into its base "
+                "(`lmdqn push --merge`, or PEFT's merge_and_unload), or go on from its run with --continue"
+            ) from error
         raise UserError(f"cannot load model {section.name}: {_first_sentence(error)}") from error
     kind = "seq2seq" if config.is_encoder_decoder else "causal"
     if section.architecture not in ("auto", kind):

@@ -15,11 +15,12 @@ from lmdqn.recipe.offline import OfflineSection
 from lmdqn.recipe.qlearning import QLearningSection
 from lmdqn.recipe.reading import differing_keys, dump_recipe, load_recipe, recipe_schema, validate
 from lmdqn.recipe.recipe import EvaluationSection, OutputSection, Recipe
-from lmdqn.recipe.reward import METRICS, METRICS_OF_REFERENCES, REWARD_TERMS, RewardSection
+from lmdqn.recipe.reward import BETTER_IF_GREATER, METRICS, METRICS_OF_REFERENCES, REWARD_TERMS, RewardSection
 from lmdqn.recipe.section import Section, nearest
 from lmdqn.recipe.tasks import TaskSection
 
 __all__ = [
+    "BETTER_IF_GREATER",
     "METRICS",
     "METRICS_OF_REFERENCES",
     "REWARD_TERMS",

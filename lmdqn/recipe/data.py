@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lmdqn.recipe.section import Section
+from lmdqn.recipe.section import Place, Section
 
 
 class Splits(Section):
@@ -25,7 +25,7 @@ class Conversation(Section):
 
 
 class DataSection(Section):
-    path: str | None = Field(
+    path: Place | None = Field(
         None, description="folder of {train,validation,test}.{jsonl,csv,parquet}, or a folder saved by datasets"
     )
     hub: str | None = Field(None, description="data set name on the Hugging Face hub")
@@ -43,7 +43,9 @@ class DataSection(Section):
     )
     merge_references: bool = Field(True, description="rows of equal prompt become one example")
     prompt: str | None = Field(
-        None, description="template over the columns, such as 'summarize: {source}'; default: the source alone"
+        None,
+        description="template over the columns, such as 'summarize: {source}'; default: the source, which for a "
+        "causal model without chat ends in a line break",
     )
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template")
     system: str | None = Field(None, description="system message, with chat")

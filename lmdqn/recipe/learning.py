@@ -1,10 +1,12 @@
 """Recipe sections `warm_start` and `optimisation`: how weights move."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lmdqn.recipe.section import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class WarmStartSection(Section):
@@ -26,7 +28,7 @@ class OptimisationSection(Section):
         "linear", description="course of the rate over the budget, after the warm-up; linear and cosine fall to zero"
     )
     warmup_steps: int = Field(0, ge=0, description="steps with a rising rate")
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     max_skipped: int = Field(

@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from lmdqn.recipe.section import Section
+from lmdqn.recipe.section import Place, Section
 
 
 class OfflineSection(Section):
-    path: str = Field(
+    path: Place = Field(
         description="logged episodes, .jsonl or .parquet: prompt (as the model reads it), response, reward, and where "
         "known behaviour_log_probs (nats, one a token) with response_ids; `lmdqn log` writes one"
     )

@@ -3,18 +3,27 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from lmdqn.errors import UserError
 from lmdqn.recipe.recipe import Recipe
-from lmdqn.recipe.section import nearest
+from lmdqn.recipe.section import Place, nearest
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-4 is one without a point, too."""
+    """YAML 1.2's numbers: 1e-4 is one without a point, too. A key may stand but once in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -79,11 +88,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} must read key=value, such as qlearning.max_steps=200")
+    *parents, last = key.split(".")
     try:
-        value = yaml.load(text, _Loader)
+        value = text if _is_plain_text(text, [*parents, last]) else yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
-    *parents, last = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
@@ -91,6 +100,33 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a section")
     tree[last] = value
+
+
+def _is_plain_text(text: str, keys: list[str]) -> bool:
+    """Whether an override's value is meant as it stands, whatever YAML would take it for, such as `Q: {source} #1`."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text not in ("", "null", "~") and not quoted and _holds_text(_annotation_at(keys))
+
+
+def _annotation_at(keys: list[str]) -> Any:
+    """The type of what stands at a dotted key; None where the recipe knows none."""
+    section: type[BaseModel] | None = Recipe
+    annotation: Any = None
+    for key in keys:
+        field = section.model_fields.get(key) if section is not None else None
+        annotation = None if field is None else field.annotation
+        if field is not None:  # and it is no name that the user gave, such as that of a task
+            section = next(_sections_of(annotation), None)
+    return annotation
+
+
+def _holds_text(annotation: Any) -> bool:
+    """Whether a type is text, a choice of texts, or one of these or null."""
+    if get_origin(annotation) in (Union, UnionType):
+        return all(kind is NoneType or _holds_text(kind) for kind in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(annotation))
+    return annotation is str or annotation is Place
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -16,8 +16,8 @@ from lmdqn.recipe.learning import OptimisationSection, WarmStartSection
 from lmdqn.recipe.model import ModelSection
 from lmdqn.recipe.offline import OfflineSection
 from lmdqn.recipe.qlearning import QLearningSection
-from lmdqn.recipe.reward import METRICS, METRICS_OF_REFERENCES, RewardSection
-from lmdqn.recipe.section import Section, nearest
+from lmdqn.recipe.reward import BETTER_IF_GREATER, METRICS, METRICS_OF_REFERENCES, RewardSection
+from lmdqn.recipe.section import Place, Section, nearest
 from lmdqn.recipe.tasks import TaskSection
 
 TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -32,7 +32,7 @@ class EvaluationSection(Section):
 
 
 class OutputSection(Section):
-    dir: str = Field("runs/run", description="the run's folder")
+    dir: Place = Field("runs/run", description="the run's folder")
     overwrite: bool = Field(False, description="replace a run that is already there")
     log_every_steps: int = Field(5, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every_steps: int | None = Field(
@@ -158,7 +158,10 @@ class Recipe(Section):
     def _possible(self) -> Self:
         metric = self.evaluation.metric
         if metric not in METRICS:
-            raise ValueError(f"evaluation.metric: there is no metric {metric!r}{nearest(metric, METRICS)}")
+            raise ValueError(f"evaluation.metric: there is no metric {metric!r}{nearest(metric, BETTER_IF_GREATER)}")
+        if metric not in BETTER_IF_GREATER:
+            better = ", ".join(BETTER_IF_GREATER)
+            raise ValueError(f"evaluation.metric={metric} is no gain by itself: choose one of {better}")
         for name, task in self.every_task.items():
             if task.data.references is None and task.data.conversation is None:
                 self._possible_without_references(task, f"tasks.{name}." if name else "")

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from lmdqn.recipe.section import Section, nearest
 
 METRICS_OF_REFERENCES = ("bleu", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf")
-METRICS = ("reward", *METRICS_OF_REFERENCES, "length_words", "distinct2", "repeated_4grams")
+BETTER_IF_GREATER = ("reward", *METRICS_OF_REFERENCES)
+METRICS = (*BETTER_IF_GREATER, "length_words", "distinct2", "repeated_4grams")
 REWARD_TERMS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "length", "repetition")
 
 

@@ -1,15 +1,19 @@
 """What every part of a recipe is: typed, frozen, and strict about its keys."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file or folder: ~ is the user's home
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, values never change after validation."""
+    """A part of the recipe: unknown keys are errors, numbers are finite, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

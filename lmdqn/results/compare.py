@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from lmdqn.errors import UserError
-from lmdqn.recipe import METRICS, RewardSection, load_recipe
+from lmdqn.recipe import BETTER_IF_GREATER, METRICS, RewardSection, load_recipe
 from lmdqn.results.browser import browser_content
 from lmdqn.results.evaluate import Evaluation
 from lmdqn.results.page import render
@@ -19,7 +19,6 @@ from lmdqn.results.significance import SIGNIFICANT, Kind, Significance, paired_s
 from lmdqn.results.tables import COLUMNS, p_text, signed
 from lmdqn.whole_files import write_whole
 
-BETTER_IF_GREATER = ("reward", "bleu", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf")
 INKS = ("start", "dqn", "mle", "more", "ink", "soft")
 
 

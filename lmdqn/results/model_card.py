@@ -1,6 +1,7 @@
 """The model card of a published run: metadata for the hub, a page for people; no local path enters it."""
 
 import json
+import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lmdqn.recipe import DataSection, QLearningSection, Recipe, TaskSection
 from lmdqn.results.tables import COLUMNS, PHASES, p_value_line
 
-METRIC_TYPES = {"bleu": "bleu", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge", "chrf": "chrf"}  # hub's names
+METRIC_TYPES = {  # the hub's names
+    "bleu": "bleu",
+    "rouge1": "rouge",
+    "rouge2": "rouge",
+    "rougeL": "rouge",
+    "rougeLsum": "rouge",
+    "chrf": "chrf",
+}
 
 Q_FORMS = {
     "dueling": "Q(s, a) = V(s) + beta log(pi(a|s) / pi_0(a|s)),      pi = softmax of the LM head's logits",
@@ -94,7 +102,7 @@ def public_recipe(recipe: Recipe) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name is a place on this machine rather than one on the hub."""
-    return Path(name).is_absolute() or name.startswith((".", "~")) or ("/" in name and Path(name).exists())
+    return Path(name).is_absolute() or name.startswith(".") or os.path.exists(name)
 
 
 def _without_folders(value: Any) -> Any:

@@ -158,12 +158,12 @@ class RunFolder:
             raise UserError(f"{self.path} is no run of lmdqn: it has no recipe.yaml")
         if not self.results.exists():
             raise UserError(f"run {self.path} has no results.json: it has not ended")
-        results = json.loads(self.results.read_text(encoding="utf-8"))
+        results = _parsed(_read(self.results), str(self.results))
         return {**results, **results["tasks"][task]} if task else results
 
     def read_predictions(self, task: str = "") -> list[dict[str, Any]]:
-        """`predictions.jsonl`, a dict a line; of a named task, that one's lines."""
-        lines = [json.loads(line) for line in self.predictions.read_text(encoding="utf-8").split("\n") if line]
+        """`predictions.jsonl`, a dict a line; of a named task, that one's lines; raises as `read_metrics`."""
+        lines = _read_lines(self.predictions)
         return [line for line in lines if line["task"] == task] if task else lines
 
     def read_evaluation(self, phase: str, task: str = "") -> "Evaluation":
@@ -177,8 +177,31 @@ class RunFolder:
         return Evaluation([line[phase] for line in lines], self.read_results(task)["test"][phase], per_response)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """`metrics.jsonl`, a dict a line."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").split("\n") if line]
+        """`metrics.jsonl`, a dict a line.
+
+        Raises:
+            UserError: it is missing, or a line is cut.
+        """
+        return _read_lines(self.metrics)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    lines = enumerate(_read(file).split("\n"), start=1)
+    return [_parsed(line, f"{file}, line {number}") for number, line in lines if line]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: the run's file is damaged") from error
 
 
 def _of_task(test: Mapping[str, "Evaluation"], task: str) -> dict[str, "Evaluation"]:
@@ -192,7 +215,9 @@ def _tables(test: Mapping[str, "Evaluation"], significance: "Significance") -> d
             name: {metric: [round(end, 4) for end in ends] for metric, ends in sorted(intervals.items())}
             for name, intervals in significance.interval.items()
         },
-        "p_value": _rounded(dict(sorted(significance.p_value["dqn"].items()))),
+        "p_value": {  # six digits: that the least of all is below .001 must not be rounded away
+            metric: float(f"{p:.6g}") for metric, p in sorted(significance.p_value["dqn"].items())
+        },
     }
 
 

@@ -14,6 +14,7 @@ COLUMNS = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
     "chrf": "chrF",
     "reward": "reward",
     "length_words": "length (words)",

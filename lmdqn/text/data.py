@@ -78,10 +78,17 @@ def read_sources(file: Path, data: DataSection) -> list[Pair]:
         alone = data.model_copy(update={"references": None, "conversation": None})
         return [pair for where, row in _read_jsonl(file) for pair in _pairs_of(row, alone, where)]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
-    return [source_alone(line) for line in lines if line.strip()]
+        return sources_in(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+
+
+def sources_in(text: bytes, origin: str) -> list[Pair]:
+    """A source a line; raises UserError where that is not UTF-8."""
+    try:
+        return [source_alone(line) for line in text.decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {origin}: not UTF-8") from error
 
 
 def source_alone(text: str) -> Pair:
@@ -128,13 +135,21 @@ def _read_jsonl(file: Path) -> list[PlacedRow]:
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-                raise UserError(f"{file}, line {number}: not valid JSON ({reason})") from error
+                json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair, which is no text
+            except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
+                raise UserError(f"{file}, line {number}: not valid JSON ({_json_problem(error)})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number}: must be an object of columns, not {type(row).__name__}")
             rows.append((f"{file}, line {number}", row))
     return rows
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, UnicodeEncodeError):
+        return f"half of a surrogate pair, {error.object[error.start]!a}"
+    return "not UTF-8" if isinstance(error, UnicodeError) else "nested too deeply"
 
 
 def _placed(origin: str, rows: list[Row]) -> list[PlacedRow]:
@@ -190,9 +205,10 @@ def _read_hub(data: DataSection, split: str) -> list[Row]:
     assert data.hub is not None
     try:
         return datasets.load_dataset(data.hub, data.hub_config, split=split, revision=data.hub_revision).to_list()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {data.hub} [{split}] from the hub or its cache: {reason}") from error
+        hint = "; try data.hub_revision=refs/convert/parquet" if "script" in reason else ""
+        raise UserError(f"cannot load {data.hub} [{split}] from the hub or its cache: {reason}{hint}") from error
 
 
 def _pairs_of(row: Row, data: DataSection, where: str) -> Iterator[Pair]:

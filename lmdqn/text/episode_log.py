@@ -2,18 +2,20 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from lmdqn.episodes import Episode, Example, SequenceFormat
-from lmdqn.errors import UserError
+from lmdqn.errors import UserError, writing
 from lmdqn.recipe import QLearningSection, Recipe
 from lmdqn.text.data import Row, read_file
 from lmdqn.text.rewards import centre
+from lmdqn.whole_files import whole_file
 
 
 @dataclass
@@ -160,20 +162,20 @@ def read_log_rows(file: Path, in_memory: bool, key: str = "offline.path") -> Seq
         raise UserError(f"{key} {file} is not a valid {file.suffix} file ({error})") from error
 
 
-def write_log(file: Path, episodes: Sequence[Episode]) -> None:
-    """Write episodes as JSONL, a line each.
+def write_log(file: Path, episodes: Iterable[Episode]) -> tuple[int, float]:
+    """Write episodes as JSONL, a line each, as they come; gives how many they were, and their mean reward.
 
     Raises:
         UserError: the file is already there, or cannot be written.
     """
-    try:
-        with file.open("x", encoding="utf-8") as lines:
-            for episode in episodes:
-                lines.write(json.dumps(_as_row(episode), ensure_ascii=False) + "\n")
-    except FileExistsError as error:
-        raise UserError(f"{file} is already there: choose another name") from error
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    if file.exists():
+        raise UserError(f"{file} is already there: choose another name")
+    rewards = []
+    with writing(file), whole_file(file) as lines:
+        for episode in episodes:
+            lines.write(json.dumps(_as_row(episode), ensure_ascii=False) + "\n")
+            rewards.append(episode.reward)
+    return len(rewards), fmean(rewards)
 
 
 def _as_row(episode: Episode) -> Row:

@@ -131,8 +131,8 @@ def _load_function(name: str) -> RewardFunction:
     origin, _, attribute = name.rpartition(":")
     try:
         module = _load_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
-    except (ImportError, SyntaxError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"reward.mix term {name!r}: cannot load {origin} ({error})") from error
+    except (Exception, SystemExit) as error:  # a module that is not ours may do anything
+        raise UserError(f"reward.mix term {name!r}: cannot load {origin} ({_told(error)})") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"reward.mix term {name!r}: {origin} has no function {attribute!r}")
@@ -181,11 +181,15 @@ def _guarded(name: str, function: RewardFunction, texts: _Texts, max_seconds: fl
             f"responses, the first {texts.describe(0)}"
         ) from error
     except Exception as error:  # a function that is not ours may raise anything
-        line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"reward {name!r} failed with {type(error).__name__}: {error} (line {line.lineno} of {line.filename}), "
-            f"for {_culprit(function, texts, max_seconds)}"
+            f"reward {name!r} failed with {_told(error)}, for {_culprit(function, texts, max_seconds)}"
         ) from error
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong in a user's code, and where."""
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (line {line.lineno} of {line.filename})"
 
 
 def centre(group: Sequence["Episode"], overall: float, recipe: QLearningSection) -> None:
