@@ -161,7 +161,9 @@ def _encoded_split(loaded: LoadedModel, recipe: Recipe, split: str) -> list[Exam
     examples = []
     for name, task in recipe.every_task.items():
         pairs = load_pairs(task.data, split, recipe.seed)
-        examples += encode_examples(pairs, task.data, loaded.tokenizer, loaded.layout, name)[0]
+        examples += encode_examples(
+            pairs, task.data, loaded.tokenizer, loaded.layout, name, recipe.max_response_tokens
+        )[0]
     return examples
 
 

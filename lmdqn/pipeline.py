@@ -67,10 +67,8 @@ def _learn(run: Run, saved: State | None) -> None:
     if "start" not in run.results:
         run.results["start"] = run.test(networks.online)
     if recipe.warm_start is not None and "mle" not in run.results:
-        teacher = WarmStart(recipe, networks.online, lessons, parts.rollout.layout, parts.accelerator, parts.tracker)
-        after_step = run.follow("mle", teacher, saved)
-        run.seconds["mle"] = teacher.run(after_step)
-        networks.settle()
+        _warm_start(run, saved)
+        parts.accelerator.free_memory()  # MLE's moments; and fp16 unscales for every optimiser that Accelerate knows
         run.results["mle"] = run.test(networks.online)
     trainer = Trainer(
         recipe, networks, parts.rollout, lessons, parts.rewards, parts.accelerator, parts.tracker, parts.log
@@ -82,6 +80,21 @@ def _learn(run: Run, saved: State | None) -> None:
     after_step = run.follow("dqn", trainer, saved)
     run.seconds["dqn"] = trainer.run(run.validate, after_step, run.best_state)
     run.on_main(lambda: trainer.calibration.save(parts.folder.calibration))
+
+
+def _warm_start(run: Run, saved: State | None) -> None:
+    """The MLE phase, after which all networks are what it taught."""
+    parts, networks = run.parts, run.parts.networks
+    teacher = WarmStart(
+        parts.recipe,
+        networks.online,
+        parts.examples["train"],
+        parts.rollout.layout,
+        parts.accelerator,
+        parts.tracker,
+    )
+    run.seconds["mle"] = teacher.run(run.follow("mle", teacher, saved))
+    networks.settle()
 
 
 def _conclude(run: Run) -> RunResult:

@@ -97,10 +97,12 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     texts = [text for of_task in pairs.values() for text in _texts(of_task["train"])]
     section = recipe.model if finished is None else kept_model(recipe, finished.folder)
     loaded = load_model(section, texts, recipe.seed, recipe.max_response_tokens)
+    _check_precision(recipe, loaded.model)
     loaded.model.to(device)
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for name, task in recipe.every_task.items():
-        for split, encoded in _encode_all(pairs[name], task.data, loaded, tracker, name).items():
+        longest = recipe.max_response_tokens
+        for split, encoded in _encode_all(pairs[name], task.data, loaded, tracker, name, longest).items():
             examples[split] += encoded
     log = _offline_groups(recipe, logs, loaded, examples["train"], tracker)
     if finished is not None:
@@ -138,6 +140,24 @@ def _build_networks(recipe: Recipe, loaded: LoadedModel, finished: Continuation 
     if finished is not None:
         networks.go_on_from(finished.networks)
     return networks
+
+
+def _check_precision(recipe: Recipe, model: Any) -> None:
+    """Refuse weights that cannot move by steps as small as learning takes."""
+    if recipe.model.lora is not None:  # adapters are in float32
+        return
+    held = next(model.parameters()).dtype
+    if held == torch.float16:
+        raise UserError(
+            "all weights learn, and in float16 AdamW's steps are lost or infinite: set model.dtype=float32, with "
+            "optimisation.mixed_precision=fp16 to compute in 16 bits, or model.lora"
+        )
+    if held == torch.bfloat16 and recipe.qlearning.target_polyak is not None:
+        raise UserError(
+            "all weights learn, and in bfloat16 the small steps of qlearning.target_polyak are rounded away: set "
+            "model.dtype=float32, with optimisation.mixed_precision=bf16 to compute in 16 bits, or target_polyak=null "
+            "and target_copy_every"
+        )
 
 
 def _shared(recipe: Recipe) -> list[tuple[str, int]]:
@@ -200,12 +220,12 @@ def _texts(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _encode_all(
-    pairs: dict[str, list[Pair]], data: DataSection, loaded: LoadedModel, tracker: Tracker, task: str
+    pairs: dict[str, list[Pair]], data: DataSection, loaded: LoadedModel, tracker: Tracker, task: str, longest: int
 ) -> dict[str, list[Example]]:
     examples: dict[str, list[Example]] = {}
     of_task = f"{task}, " if task else ""
     for split, of_split in pairs.items():
-        examples[split], cuts = encode_examples(of_split, data, loaded.tokenizer, loaded.layout, task)
+        examples[split], cuts = encode_examples(of_split, data, loaded.tokenizer, loaded.layout, task, longest)
         if cuts:
             tracker.say(f"{of_task}{split}: {cuts}")
     sizes = ", ".join(f"{len(examples[split])} {split}" for split in SPLITS)

@@ -1,6 +1,8 @@
 """An update in small pieces is the update at once; and under bfloat16 autocast, Q, V and targets stay float32."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import lmdqn
 from lmdqn.episodes import MATCH_FEATURES, Batch, Episode, Example, make_batch, micro_batches
 from lmdqn.learn.objective import loss_terms, q_loss
 from lmdqn.learn.optimisation import Optimiser
 from lmdqn.learn.targets import continuing, lambda_targets
+from lmdqn.learn.trainer import Trainer
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, load_model
 from lmdqn.model.networks import Networks
@@ -120,3 +124,27 @@ def value_of_state(head: ValueHead, hidden: Tensor, batch: Batch) -> Tensor:
 def at_tokens(batch: Batch, log_probs: Tensor) -> Tensor:
     """(N, V) -> (B, T), those of the tokens that were chosen."""
     return batch.at_tokens(log_probs.gather(1, batch.actions[:, None]).squeeze(1))
+
+
+def test_q_learning_has_the_accelerator_to_itself(
+    tmp_path: Path, write_data: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 unscales the gradients of every optimiser that Accelerate knows: the warm start's would do it again."""
+    known, run = [], Trainer.run
+
+    def watched(self: Trainer, *arguments: Any) -> float:
+        known.append(len(self.accelerator._optimizers))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "run", watched)
+    tree = {
+        "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": SIZES["gpt2"]}},
+        "data": {"path": str(write_data()), "max_response_tokens": 8},
+        "warm_start": {"epochs": 1},
+        "rollout": {"prompts": 2, "samples": 2},
+        "qlearning": {"max_steps": 1},
+        "evaluation": {"bootstrap_samples": 100},
+        "output": {"dir": str(tmp_path / "run")},
+    }
+    lmdqn.train(validate(tree, "test"))
+    assert known == [1]

@@ -310,6 +310,18 @@ def test_adapter_in_the_place_of_a_model(refusal: Refusals, byte_tokenizer: Any,
     assert "merge it into its base" in sentence
 
 
+@pytest.mark.parametrize(
+    ("dtype", "otherwise"), [("float16", "mixed_precision=fp16"), ("bfloat16", "mixed_precision=bf16")]
+)
+def test_weights_too_coarse_to_learn(
+    refusal: Refusals, byte_tokenizer: Any, tmp_path: Path, dtype: str, otherwise: str
+) -> None:
+    folder = save(tmp_path, tiny_gpt2(byte_tokenizer), byte_tokenizer)
+    sentence = refusal.of_model(folder, f"model.dtype={dtype}")
+    assert "model.dtype=float32" in sentence
+    assert otherwise in sentence
+
+
 def test_image_model(refusal: Refusals, byte_tokenizer: Any, tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 

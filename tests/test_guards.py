@@ -95,6 +95,19 @@ def test_its_state_goes_on() -> None:
     assert one.state()["fired"] == {"reward": 10}
 
 
+def test_what_is_unsound_in_the_best_networks_themselves_is_no_cause_to_go_back_again() -> None:
+    guards = Guards(GuardsSection())
+    for _ in range(FIRST_STEPS + 1):
+        guards.check(SOUND)
+    long = {**SOUND, "response_tokens": 200.0}
+    assert guards.check(long)  # .8 x 10 + .2 x 200 = 48 tokens, more than three times 10
+    guards.start_again()
+    assert not any(guards.check(long) for _ in range(50))
+    for _ in range(SOUND_STEPS + 40):
+        guards.check(SOUND)
+    assert any(guards.check(long) for _ in range(5))
+
+
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 FALLING = """

@@ -1,5 +1,7 @@
 """The budget's clock, early stopping, and the course of the learning rate."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from lmdqn.learn.budget import Budget
@@ -76,6 +78,55 @@ def test_learning_ends_when_patience_has_run_out() -> None:
     trainer.run(lambda: {"reward": next(scores)}, lambda *step_last_better: told.append(step_last_better))
     assert [step for step, _, is_better in told if is_better] == [0, 2]
     assert told[-1] == (8, True, False)
+
+
+def test_patience_that_was_lowered_has_run_out() -> None:
+    """As by the recipe of a run that is resumed."""
+    trainer = trainer_of(World(), world_recipe(100, evaluation={"patience": 2}))
+    trainer.checks_without_better = 5
+    assert trainer.is_over
+
+
+def test_a_run_whose_seconds_pass_between_two_steps_ends_with_a_validation(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(World(), world_recipe(100, qlearning={"max_seconds": 5}))
+    lines = []
+
+    def log(phase: str, record: dict[str, float], write: bool = True) -> None:
+        lines.append(record)
+        clock.now_s += 3  # the budget is spent while the second step is told of
+
+    monkeypatch.setattr(trainer.tracker, "log", log)
+    told = list[tuple[int, bool, bool]]()
+    trainer.run(lambda: {"reward": 0.0}, lambda *step_last_better: told.append(step_last_better))
+    assert "validation_reward" in lines[-1]
+    assert [is_last for _, is_last, _ in told] == [False] * (len(told) - 1) + [True]
+
+
+def test_the_warm_up_is_so_many_steps_however_the_budget_is_counted(clock: Clock) -> None:
+    """Of a rate of .1, two steps: .025, .075, then all of it."""
+    optimisation = {"schedule": "constant", "warmup_steps": 2}
+    trainer = trainer_of(World(), world_recipe(1000, optimisation=optimisation, qlearning={"max_seconds": 4}))
+    rates = []
+
+    def tick(*_: object) -> None:
+        clock.now_s += 1
+        rates.append(trainer.optimiser._adamw.param_groups[0]["lr"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.budget, "paused", nullcontext)
+        trainer.run(lambda: {"reward": 0.0}, tick)
+    assert rates[1:4] == pytest.approx([0.025, 0.075, 0.1])
+
+
+def test_learning_starts_when_the_replay_is_full() -> None:
+    """Groups of three: of a capacity of ten, nine are ever held."""
+    replay = {"capacity_episodes": 10, "learning_starts_episodes": 10, "kept_share": 0.75, "batch_groups": 2}
+    trainer = trainer_of(World(), world_recipe(9, replay=replay, rollout={"prompts": 1, "samples": 4}))
+    trainer.run(lambda: {"reward": 0.0}, lambda *_: None)
+    assert len(trainer.replay) == 9
+    assert trainer.updater.updates == 7  # two groups are held after two steps; with a third, another would be too much
 
 
 def test_every_step_moves_where_the_rate_falls_to_zero() -> None:

@@ -120,3 +120,7 @@ def test_mean_and_deviation_are_over_the_states_that_know_a_feature() -> None:
     returns = torch.tensor([0.2] * 4 + [0.0] * 2 + [0.3] * 5)  # of each state's episode
     torch.testing.assert_close(mean[-1], returns.mean())
     torch.testing.assert_close(deviation[-1], returns.std(correction=0))
+
+
+def test_a_process_without_a_share_adds_nothing() -> None:
+    assert value_moments([]).tolist() == [[0.0] * (VALUE_FEATURES + 1)] * 3

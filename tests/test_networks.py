@@ -1,5 +1,6 @@
 """The three networks: equal at the start, still until told, an adapter each under LoRA, and saved as they answer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import lmdqn
 from lmdqn.episodes import VALUE_FEATURES, Batch, Episode, Example, make_batch
 from lmdqn.learn.learning_rates import default_rate, value_head_rate
+from lmdqn.model.head import LMHead
 from lmdqn.model.loading import LoadedModel, load_model, load_trained
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import over_vocabulary, trained_parameters
@@ -288,3 +291,35 @@ def _plain(folder: Path, seq2seq: bool) -> torch.nn.Module:
         base = folder.parent.parent / "base"
         return PeftModel.from_pretrained(auto.from_pretrained(base), str(folder)).eval()
     return auto.from_pretrained(folder).eval()
+
+
+def test_trying_the_head_takes_none_of_dropouts_random_numbers() -> None:
+    """A resumed warm start tries it once more than one that never stopped."""
+    model = scratch("gpt2").model.train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    LMHead(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_equal_returns_do_not_set_the_value_heads_scale(tmp_path: Path, write_data: Callable[..., Path]) -> None:
+    """The first rollouts are worth nothing, whatever they say; later ones differ."""
+    (tmp_path / "late.py").write_text(
+        "calls = []\n"
+        "def score(responses, references, sources):\n"
+        "    calls.append(0)\n"
+        "    return [len(r) / 10 if len(calls) > 4 else 0.0 for r in responses]\n"
+    )
+    tree = {
+        "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": SIZES["gpt2"]}},
+        "data": {"path": str(write_data()), "max_response_tokens": 8},
+        "reward": {"mix": {f"{tmp_path}/late.py:score": 1}},
+        "rollout": {"prompts": 2, "samples": 4},
+        "qlearning": {"max_steps": 6},
+        "evaluation": {"every_steps": 99, "bootstrap_samples": 100},
+        "output": {"dir": str(tmp_path / "run")},
+    }
+    lmdqn.train(validate(tree, "test"))
+    head = load_file(tmp_path / "run" / "last" / "value_head.safetensors")
+    assert head["scale"] > 0.05  # of returns that differ by tenths; beta is .004
+    assert head["feature_rate"][-1] > 0  # that of the other samples' rewards

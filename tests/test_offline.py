@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lmdqn.errors import UserError
 from lmdqn.recipe import QLearningSection
 from lmdqn.text.episode_log import EpisodeLog, read_log_rows, write_log
 from tests.conftest import Ran
+from tests.text_world import World, trainer_of, world_recipe
 
 LAYOUT = SequenceFormat(pad_id=0, eos_ids=(2,), decoder_prefix=None, context_tokens=None)
 ROWS: list[dict[str, Any]] = [
@@ -57,6 +59,37 @@ def test_rows_become_groups_by_prompt(suffix: str, in_memory: bool, byte_tokeniz
     assert first[1].response_ids == byte_tokenizer("xyz").input_ids
     assert [e.reward - e.baseline for e in (*first, *second)] == [0.5, -0.5, 0.0]
     assert [e.group for e in (*first, *second)] == [0, 0, 1]
+
+
+def test_a_prompt_that_leaves_the_context_no_room_is_refused(byte_tokenizer: Any, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "log.jsonl", [{"prompt": "0123456789", "response": "abc", "reward": 0.0}])
+    recipe, rows = QLearningSection(baseline="none"), read_log_rows(file, True)
+    for context in (14, 13):  # ten, three and EOS
+        layout = replace(LAYOUT, context_tokens=context)
+        log = EpisodeLog(str(file), rows, byte_tokenizer, layout, (), 10, recipe)
+        if context == 14:
+            assert len(log[0]) == 1
+        else:
+            with pytest.raises(UserError, match=r"log\.jsonl.*14 tokens do not fit into the model's context of 13"):
+                list(log)
+
+
+def test_the_estimated_behaviour_is_the_reference_that_stood_beside_the_log() -> None:
+    """Not one that it was reset to, as a resumed run would find it."""
+    world = World()
+    offline = {"path": "log.jsonl", "behaviour": "reference"}
+    recipe = world_recipe(1, offline=offline, qlearning={"reference_reset_every": 1, "importance": "token"})
+    trainer = trainer_of(world, recipe)
+    with torch.no_grad():
+        trainer.networks.reference.model.head.weight += torch.randn_like(trainer.networks.reference.model.head.weight)
+    episode = world.episode(world.responses[-1])
+    expected = episode.behaviour_log_probs
+    assert expected is not None
+    episode.behaviour_log_probs = episode.reference_log_probs = None
+    trainer.collector.measure([episode])
+    assert episode.reference_log_probs is not None
+    assert not torch.allclose(episode.reference_log_probs, expected)
+    torch.testing.assert_close(episode.behaviour_log_probs, expected)
 
 
 def test_what_is_written_is_read_again(byte_tokenizer: Any, tmp_path: Path) -> None:

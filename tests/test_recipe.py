@@ -160,6 +160,14 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
             ["offline={path: x, boltzmann_js_nats: 0.1}", "qlearning.form=classic"],
             ["offline.boltzmann_js_nats", "qlearning.form=classic"],
         ),
+        (
+            ["offline={path: x, boltzmann_js_nats: 0.1}", "rollout.temperature=0.7"],
+            ["offline.boltzmann_js_nats", "rollout.temperature"],
+        ),
+        (
+            ["offline={path: x, boltzmann_js_nats: 0.1}", "rollout.top_k=5"],
+            ["offline.boltzmann_js_nats", "top_k"],
+        ),
         (["reward.mix={}"], ["reward.mix", "at least one"]),
         (["reward.mix={rougel: 1}"], ["reward.mix", "'rougel'", "did you mean 'rougeL'?"]),
     ],

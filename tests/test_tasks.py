@@ -342,3 +342,15 @@ def test_a_run_says_what_it_read(folder: Path) -> None:
         "saying, examples: 6 train, 6 validation, 6 test",
         "echoing, examples: 4 train, 4 validation, 4 test",
     ]
+
+
+def test_a_prompt_has_room_for_the_longest_response_of_any_task(folder: Path, command_line: Callable[..., Ran]) -> None:
+    """Tasks are decoded together: of 64 places the ten of saying are kept free for echoing, which takes five."""
+    long = write_splits(folder / "long", [{"text": "0123456789" * 6, "answer": "one"}])
+    tree = tree_of(folder, "never")
+    tree["tasks"]["echoing"]["data"]["path"] = str(long)
+    recipe = folder / "long.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    refused = command_line("train", recipe)
+    assert refused.code == 2
+    assert "set data.max_prompt_tokens=54" in refused.err

@@ -223,7 +223,7 @@ def learn(world: World, recipe: Recipe, log: Sequence[Sequence[int]], start: Ten
     trainer = trainer_of(world, recipe, start)
     trainer.replay.add([[world.episode(ids) for ids in log]])
     for _ in range(recipe.qlearning.max_steps):
-        trainer.updater.update(trainer.budget.progress(trainer.step + 1), trainer.exploration)
+        trainer.updater.update(trainer.budget.progress(trainer.step + 1), trainer.step, trainer.exploration)
         trainer.step += 1
     return trainer
 

@@ -166,9 +166,10 @@ class Collector:
             unread = [e for e in episodes if e.first_log_probs is None]
             self._read_by(self.networks.first, unread, "first_log_probs")
         if self.recipe.offline is not None and self.recipe.offline.behaviour == "reference":
+            beside_the_log = "reference_log_probs" if self.networks.first is None else "first_log_probs"
             for episode in episodes:
                 if episode.behaviour_log_probs is None:
-                    episode.behaviour_log_probs = episode.reference_log_probs
+                    episode.behaviour_log_probs = getattr(episode, beside_the_log)
         if self.recipe.qlearning.value_sees_references:
             measure_matches([e for e in episodes if e.match_features is None])
 

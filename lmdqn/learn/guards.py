@@ -23,7 +23,11 @@ class Guards:
         self._fired: dict[str, int] = {}  # the last step at which each guard's number was not sound
 
     def check(self, record: dict[str, float]) -> list[str]:
-        """Take in a step; gives a sentence for each guard that fires now."""
+        """Take in a step; gives a sentence for each guard that fires now.
+
+        What is unsound at once after `start_again` is so in the networks that were gone back to: it counts as told.
+        """
+        went_back = self._steps > FIRST_STEPS and not self._means
         for key in WATCHED:
             if key in record:
                 before = self._means.get(key, record[key])
@@ -38,7 +42,7 @@ class Guards:
         self._best_reward = reward if self._best_reward is None else max(reward, self._best_reward)
         firing = self._firing()
         silent = {name for name, step in self._fired.items() if self._steps - step <= SOUND_STEPS}
-        news = [sentence for name, sentence in firing.items() if name not in silent]
+        news = [sentence for name, sentence in firing.items() if name not in silent and not went_back]
         self._fired |= dict.fromkeys(firing, self._steps)
         if news and self.recipe.action == "stop":
             self.stopped = True

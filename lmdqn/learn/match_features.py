@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmdqn.episodes import MATCH_FEATURES, Batch, Episode
+from lmdqn.episodes import MATCH_FEATURES, VALUE_FEATURES, Batch, Episode
 
 LONGEST_NGRAM = 4
 KEPT_REFERENCES = 4096  # sets of references whose n-grams are kept
@@ -42,6 +42,8 @@ def value_moments(batches: Sequence[Batch]) -> Tensor:
     Of each, how many states know it, its sum and its squares' sum: (3, VALUE_FEATURES + 1) float64 on the CPU; those of
     several processes add up.
     """
+    if not batches:
+        return torch.zeros(3, VALUE_FEATURES + 1, dtype=torch.float64)
     shown = torch.cat([batch.value_features[batch.state_mask] for batch in batches])  # (N, F)
     returns = torch.cat([batch.rewards.sum(1).repeat_interleave(batch.state_mask.sum(1)) for batch in batches])  # (N,)
     seen = torch.cat([shown, returns[:, None]], dim=1).double()

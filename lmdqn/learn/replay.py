@@ -80,6 +80,14 @@ class Replay:
         """Episodes held by all processes, the log left out."""
         return self._episodes
 
+    @property
+    def is_full(self) -> bool:
+        """Whether another rollout like the newest would push older groups out."""
+        more, most_tokens = self._fresh, self.recipe.capacity_tokens
+        return len(self) + sum(held.episodes for held in more) > self.recipe.capacity_episodes or (
+            most_tokens is not None and self.tokens + sum(held.tokens for held in more) > most_tokens
+        )
+
     def add(self, groups: Sequence[Group]) -> None:
         """Take in a rollout; it is the fresh one until the next."""
         self._age(self._fresh)

@@ -150,16 +150,19 @@ class Trainer:
             with budget.paused():
                 after_step(0, self.is_over, True)
         with self.tracker.phase("DQN", budget.max_steps, budget.max_seconds):
-            while not self.is_over:
+            is_over = self.is_over
+            while not is_over:
                 record, better = self._step(), False
                 self._watch(record, best_state)
-                if is_evaluated := self.step % recipe.evaluation.every_steps == 0 or budget.spent(self.step):
+                is_spent = budget.spent(self.step)  # asked once: the clock goes on
+                if is_evaluated := self.step % recipe.evaluation.every_steps == 0 or is_spent:
                     scores, better = self._validate(validate)
                     record |= scores
                 is_due = self.step % recipe.output.log_every_steps == 0
                 self.tracker.log("dqn", record, write=is_due or is_evaluated)
+                is_over = is_spent or self._has_ended_early
                 with budget.paused():
-                    after_step(self.step, self.is_over, better)
+                    after_step(self.step, is_over, better)
         return budget.seconds
 
     def _watch(self, record: dict[str, float], best_state: BestState | None) -> None:
@@ -178,11 +181,12 @@ class Trainer:
 
     def _step(self) -> dict[str, float]:
         """Roll out, keep, update; gives the step's line of `metrics.jsonl`."""
+        exploration = self.exploration
         try:
-            groups = self._roll_out()
+            groups = self._roll_out(exploration)
             count = self.recipe.replay.updates_per_rollout if self._may_learn else 0
             progress = self.budget.progress(self.step + 0.5)  # its middle: where the rate falls to zero, all steps move
-            updates = [self.updater.update(progress, self.exploration) for _ in range(count)]
+            updates = [self.updater.update(progress, self.step, exploration) for _ in range(count)]
         except NotFinite as problem:
             self.step += 1
             self.skips.note(problem)
@@ -192,11 +196,11 @@ class Trainer:
         self.skips.in_a_row = 0
         if updates:
             self.calibration.add(self.step, updates[0], {group[0].group for group in groups})
-        return self._record(groups, updates)
+        return self._record(groups, updates, exploration)
 
-    def _roll_out(self) -> list[Group]:
+    def _roll_out(self, exploration: Exploration) -> list[Group]:
         """This step's new episodes, which join the replay; offline, only the steps that begin a round have any."""
-        offline, exploration = self.recipe.offline, self.exploration
+        offline = self.recipe.offline
         if offline is not None:
             begun, within = divmod(self.step, offline.steps_per_round)
             if within or not 0 < begun <= offline.rounds:
@@ -226,15 +230,17 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """The budget is spent, patience has run out, or a guard has ended it."""
-        return (
-            self.guards.stopped
-            or self.budget.spent(self.step)
-            or self.checks_without_better == self.recipe.evaluation.patience
-        )
+        return self.budget.spent(self.step) or self._has_ended_early
+
+    @property
+    def _has_ended_early(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return self.guards.stopped or (patience is not None and self.checks_without_better >= patience)
 
     @property
     def _may_learn(self) -> bool:
-        return len(self.log) > 0 or len(self.replay) >= self.recipe.replay.learning_starts_episodes
+        held, wanted = len(self.replay), self.recipe.replay.learning_starts_episodes
+        return len(self.log) > 0 or held >= wanted or self.replay.is_full
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the phase depends on, for a checkpoint. All processes must ask for it."""
@@ -290,17 +296,18 @@ class Trainer:
             self.best = score
         return {f"validation_{name}": value for name, value in scores.items()}, better
 
-    def _record(self, groups: Sequence[Group], updates: Sequence[Update]) -> dict[str, float]:
+    def _record(self, groups: Sequence[Group], updates: Sequence[Update], exploration: Exploration) -> dict[str, float]:
         """The step's line of `metrics.jsonl`."""
         sampled = [e for group in groups for e in group if not e.demonstration]
         record = {"step": self.step, "seconds": self.budget.seconds, "replay_episodes": len(self.replay)}
         if sampled:
             record |= rollout_record(groups)
-            record["episodes_per_s"] = self.step * len(sampled) / self.budget.seconds
+            rollouts = self.step // self.recipe.offline.steps_per_round if self.recipe.offline else self.step
+            record["episodes_per_s"] = rollouts * len(sampled) / self.budget.seconds
         if updates:
             record |= update_record(updates, {e.group for e in sampled})
-        if (epsilon := self.exploration.epsilon) is not None:
-            record["epsilon"] = epsilon
+        if exploration.epsilon is not None:
+            record["epsilon"] = exploration.epsilon
         if self.skips.total:
             record["skipped_updates"] = self.skips.total
         return record

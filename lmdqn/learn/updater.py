@@ -42,11 +42,11 @@ class Updater:
         episode = shortest_episode(self.examples, self.layout)
         return make_batch([episode], self.layout).to(self.networks.online.device)
 
-    def update(self, progress: float, exploration: Exploration) -> Update:
+    def update(self, progress: float, step: int, exploration: Exploration) -> Update:
         """One update of the online network on a batch from the replay, then of the target network.
 
-        `progress` is the share of the phase's budget, 0 to 1, that is spent half-way through this step; `exploration`
-        is the behaviour policy of the moment.
+        `progress` is the share of the phase's budget, 0 to 1, that is spent half-way through this step, the `step`th
+        from 0; `exploration` is the behaviour policy of the moment.
 
         Raises:
             NotFinite: the loss or its gradient is not; it holds the batch's episodes.
@@ -61,7 +61,8 @@ class Updater:
         if not self.networks.online.value_head.is_standardised:
             moments = self.processes.together(lambda: value_moments(batches))
             mean, deviation = mean_and_deviation(torch.stack(moments).sum(0))
-            self.networks.standardise(mean[:-1], deviation[:-1], deviation[-1])
+            if deviation[-1] > 0:  # returns that are all equal say nothing of their spread: the next batch may
+                self.networks.standardise(mean[:-1], deviation[:-1], deviation[-1])
         terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
         learnt: list[Learnt] = []
 
@@ -70,8 +71,9 @@ class Updater:
             return learnt[-1].loss / terms
 
         optimisation = recipe.optimisation
-        warmup = optimisation.warmup_steps / max(1, recipe.qlearning.max_steps)
-        factor = rate_factor(optimisation.schedule, progress, warmup)
+        warmup = optimisation.warmup_steps
+        rising = min(1.0, (step + 0.5) / warmup) if warmup else 1.0
+        factor = rising * rate_factor(optimisation.schedule, progress, warmup=0.0)
         try:
             norm = self.optimiser.update(batches, loss_of, factor, self._idle)
         except NotFinite as problem:

@@ -48,13 +48,12 @@ class LMHead:
             model.get_decoder().register_forward_hook(keep),
             model.get_output_embeddings().register_forward_pre_hook(keep),
         )
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():  # dropout's numbers are as if there had been no trial
             logits = model(**self._any_inputs(TRIAL_TOKENS), use_cache=False).logits.squeeze(0)
-        for hook in hooks:
-            hook.remove()
-        decoder_output, hidden = seen
-        self._output_kind = type(decoder_output)
-        with torch.no_grad():
+            for hook in hooks:
+                hook.remove()
+            decoder_output, hidden = seen
+            self._output_kind = type(decoder_output)
             apart = self(hidden[0])
         tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
         if not torch.allclose(apart, logits, rtol=tolerance, atol=tolerance * float(logits.float().std())):

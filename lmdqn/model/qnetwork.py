@@ -69,11 +69,11 @@ class ValueHead(nn.Module):
     def standardise(self, mean: Tensor, deviation: Tensor, of_returns: Tensor) -> None:
         """From here on see features (F,) less their mean, over their deviation; one that does not vary, not at all.
 
-        `of_returns` () is the deviation of what it learns, in reward units; where nothing varies its scale stays.
+        `of_returns` () is the deviation of what it learns, above 0, in reward units.
         """
         self.feature_mean.copy_(mean)
         self.feature_rate.copy_(torch.where(deviation > 1e-6, 1 / deviation, 0.0))
-        self.scale.copy_(torch.where(of_returns > 1e-6, of_returns, self.scale))
+        self.scale.copy_(of_returns)
 
 
 class StateOutputs(NamedTuple):

@@ -14,7 +14,10 @@ class RolloutSection(Section):
     )
     samples: int = Field(8, ge=1, description="responses sampled for each prompt: one group")
     temperature: float = Field(
-        0.7, gt=0, description="Boltzmann exploration; 1 samples the policy itself, and epsilon_greedy=true takes 1"
+        0.7,
+        gt=0,
+        description="Boltzmann exploration; 1 samples the policy itself, and epsilon_greedy=true and "
+        "offline.boltzmann_js_nats take 1",
     )
     top_k: int | None = Field(None, ge=1, description="explore only inside the policy's k likeliest tokens")
     reference_top_k: int | None = Field(
@@ -37,6 +40,12 @@ class RolloutSection(Section):
         description="score a rollout while the last one is learnt from and the next one is written: for slow rewards; "
         "rollouts are one step older",
     )
+
+    @property
+    def samples_the_policy(self) -> bool:
+        """Whether tokens are drawn from the policy as it is."""
+        bounds = (self.top_k, self.reference_top_k, self.reference_top_p)
+        return self.temperature == 1 and not self.epsilon_greedy and all(bound is None for bound in bounds)
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +71,9 @@ class RolloutSection(Section):
 class ReplaySection(Section):
     capacity_episodes: int = Field(4096, ge=1, description="oldest groups leave when this is exceeded")
     capacity_tokens: int | None = Field(None, ge=1, description="or when their response tokens exceed this")
-    learning_starts_episodes: int = Field(0, ge=0, description="only roll out until the replay holds so many")
+    learning_starts_episodes: int = Field(
+        0, ge=0, description="only roll out until the replay holds so many, or is full"
+    )
     sampling: Literal["uniform", "prioritised", "reward"] = Field(
         "uniform",
         description="how groups that are not from the newest rollout are drawn: uniform; prioritised, by residual, "

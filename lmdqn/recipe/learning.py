@@ -25,9 +25,9 @@ class OptimisationSection(Section):
         "ten times that for a LoRA adapter",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="course of the rate over the budget, after the warm-up; linear and cosine fall to zero"
+        "linear", description="course of the rate over the budget; linear and cosine fall to zero"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps with a rising rate")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises to that course")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")

@@ -131,9 +131,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_reward(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("tasks") is None:
-            return {"reward": {}, **given}
+    def _defaults_that_depend(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if given.get("tasks") is None:
+            given = {"reward": {}, **given}
+        offline, rollout = given.get("offline"), given.get("rollout", {})
+        if isinstance(offline, dict) and offline.get("boltzmann_js_nats") is not None and isinstance(rollout, dict):
+            given = {**given, "rollout": {"temperature": 1.0, **rollout}}
         return given
 
     @model_validator(mode="after")
@@ -221,6 +226,12 @@ class Recipe(Section):
         if offline is not None and offline.boltzmann_js_nats is not None and qlearning.form == "classic":
             raise ValueError(
                 "offline.boltzmann_js_nats samples pi_0 exp(b Q), and qlearning.form=classic has no pi_0: use dueling"
+            )
+        if offline is not None and offline.boltzmann_js_nats is not None and not self.rollout.samples_the_policy:
+            raise ValueError(
+                "offline.boltzmann_js_nats samples pi_0 exp(b Q), b by its distance from the log, and another "
+                "rollout.temperature, top_k, reference_top_k, reference_top_p or epsilon_greedy would take it further: "
+                "drop them"
             )
         of_group = qlearning.loss == "path" and qlearning.path_value == "group"
         if of_group and self.rollout.samples + self.replay.demonstrations < 2:

@@ -30,8 +30,8 @@ LOGGED = {
     "equal_groups_share": "share of prompt groups whose sampled rewards are all equal: no signal with baseline=group",
     "repeated_4grams": "mean share of repeated 4-grams in the step's sampled responses",
     "behaviour_nats": "mean of -log mu(y_t | s_t) over sampled tokens, mu the behaviour policy: its entropy, estimated",
-    "kl_nats": "mean over the step's sampled episodes of sum_t log(pi / pi_0)(y_t | s_t), pi as it was at the first "
-    "update on them: KL to the reference a response, estimated",
+    "kl_nats": "mean over the step's sampled episodes that were kept of sum_t log(pi / pi_0)(y_t | s_t), pi as it was "
+    "at the first update on them: KL to the reference a response, estimated",
     "kl_first_nats": "the same against the first reference, with reference_reset_every",
     "value_explained": "1 - var(R - b - V(s_t)) / var(R - b) over the tokens of the step's updates",
     "residual_nats": "mean |residual| over the step's updates (classic: in reward)",

@@ -99,15 +99,20 @@ class EpisodeLog(Sequence[list[Episode]]):
             )
         ids = ids[: self.max_response_tokens]
         truncated = truncated or ids[-1] not in self.layout.eos_ids
-        episode = Episode(self._example(row["prompt"]), ids, truncated, group, text=response)
+        episode = Episode(self._example(row["prompt"], where, len(ids)), ids, truncated, group, text=response)
         episode.reward = _reward(row, where)
         if behaviour is not None:
             episode.behaviour_log_probs = torch.tensor(behaviour[: len(ids)], dtype=torch.float32)
         return episode
 
-    def _example(self, prompt: str) -> Example:
-        known = self._by_prompt.get(prompt)
-        return known or Example("", (), tuple(self.tokenizer(prompt).input_ids), (), prompt)
+    def _example(self, prompt: str, where: str, response_tokens: int) -> Example:
+        if (known := self._by_prompt.get(prompt)) is not None:
+            return known
+        ids = self.tokenizer(prompt).input_ids
+        taken, context = len(ids) + (0 if self.layout.is_seq2seq else response_tokens), self.layout.context_tokens
+        if context is not None and taken > context:
+            raise UserError(f"{where}: {taken} tokens do not fit into the model's context of {context}")
+        return Example("", (), tuple(ids), (), prompt)
 
 
 def read_logs(recipe: Recipe) -> dict[str, Sequence[Row]]:

@@ -33,9 +33,14 @@ class CutReport:
 
 
 def encode_examples(
-    pairs: Sequence[Pair], data: DataSection, tokenizer: Tokenizer, layout: SequenceFormat, task: str = ""
+    pairs: Sequence[Pair],
+    data: DataSection,
+    tokenizer: Tokenizer,
+    layout: SequenceFormat,
+    task: str = "",
+    longest_response: int = 0,
 ) -> tuple[list[Example], CutReport]:
-    """Tokenise pairs of a task for the model.
+    """Tokenise pairs of a task for the model, whose context has room for the longest response of any task.
 
     A prompt over `data.max_prompt_tokens` loses the end or start of its *source*, never of its template (a chat of
     several turns loses its oldest turns first); a
@@ -50,12 +55,13 @@ def encode_examples(
         _check_template(template, pair, data, tokenizer)
     room = None
     if layout.context_tokens is not None:
-        if data.max_response_tokens + len(layout.decoder_prefix or ()) > layout.context_tokens:
+        longest_response = max(longest_response, data.max_response_tokens)  # tasks are decoded together
+        if longest_response + len(layout.decoder_prefix or ()) > layout.context_tokens:
             raise UserError(
-                f"data.max_response_tokens={data.max_response_tokens} is more than the model's context of "
+                f"data.max_response_tokens={longest_response} is more than the model's context of "
                 f"{layout.context_tokens} tokens has room for"
             )
-        room = layout.context_tokens - (0 if layout.is_seq2seq else data.max_response_tokens)
+        room = layout.context_tokens - (0 if layout.is_seq2seq else longest_response)
     cuts = CutReport()
     examples = []
     for pair in pairs:
