@@ -137,6 +137,8 @@ def _build_networks(recipe: Recipe, loaded: LoadedModel, finished: Continuation 
     if recipe.optimisation.torch_compile:
         check_compiler(networks.online.device)
         networks.compile_layers()
+    if recipe.optimisation.gradient_checkpointing:
+        networks.online.checkpoint_layers()
     if finished is not None:
         networks.go_on_from(finished.networks)
     return networks

@@ -397,6 +397,7 @@ LORA: Changes = {"model": {"name": "any", "from_scratch": None, "lora": {}}}
         (FSDP2, LORA, r"FSDP2 with model\.lora"),
         (FSDP2, {"optimisation": {"mixed_precision": "fp16"}}, r"FSDP2 with optimisation\.mixed_precision=fp16"),
         (FSDP2, {"optimisation": {"torch_compile": True}}, r"FSDP2 with optimisation\.torch_compile is not"),
+        (ZERO3, {"optimisation": {"gradient_checkpointing": True}}, r"optimisation\.gradient_checkpointing is not"),
         (ZERO3, LORA, r"DeepSpeed ZeRO-3 with model\.lora"),
         (ZERO3, {"optimisation": {"mixed_precision": "bf16"}}, r"ZeRO-3 with optimisation\.mixed_precision=bf16"),
     ],

@@ -168,6 +168,10 @@ def test_missing_section(write_recipe: WriteRecipe, section: str) -> None:
             ["offline={path: x, boltzmann_js_nats: 0.1}", "rollout.top_k=5"],
             ["offline.boltzmann_js_nats", "top_k"],
         ),
+        (
+            ["optimisation.torch_compile=true", "optimisation.gradient_checkpointing=true"],
+            ["optimisation.torch_compile", "gradient_checkpointing=false"],
+        ),
         (["reward.mix={}"], ["reward.mix", "at least one"]),
         (["reward.mix={rougel: 1}"], ["reward.mix", "'rougel'", "did you mean 'rougeL'?"]),
     ],

@@ -41,6 +41,7 @@ FLOORS = [  # from the ground up; modules of one floor may import each other in 
         "lmdqn.model.sharing",
         "lmdqn.model.loading",
         "lmdqn.model.compiling",
+        "lmdqn.model.activation_checkpointing",
         "lmdqn.model.head",
         "lmdqn.model.cache",
         "lmdqn.model.reading",

@@ -46,8 +46,9 @@ def sharding_of_launch(recipe: Recipe) -> Sharding | None:
         raise UserError(
             f"{sharding} with model.lora is not supported: use recipes/accelerate/one_node.yaml, or all weights"
         )
-    if recipe.optimisation.torch_compile:
-        raise UserError(f"{sharding} with optimisation.torch_compile is not supported: set it to false")
+    for key in ("torch_compile", "gradient_checkpointing"):
+        if getattr(recipe.optimisation, key):
+            raise UserError(f"{sharding} with optimisation.{key} is not supported: set it to false")
     precision = recipe.optimisation.mixed_precision
     if precision == "fp16" or (precision != "no" and sharding.zero_stage is not None):
         instead = "bf16 or no" if sharding.zero_stage is None else "no, or FSDP2"

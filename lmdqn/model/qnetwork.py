@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lmdqn.episodes import VALUE_FEATURES, Batch
 from lmdqn.errors import UserError
+from lmdqn.model.activation_checkpointing import checkpointed_layers
 from lmdqn.model.compiling import Forward, compiled_layers
 from lmdqn.model.head import LMHead, forward_replaced, head_reads
 from lmdqn.model.merging import adapter_merged
@@ -120,7 +121,8 @@ class QNetwork(nn.Module):
         self.adapter = adapter
         self.chunk_mib = chunk_mib
         self._head: LMHead | None = None
-        self._compiled: list[tuple[nn.Module, Forward]] = []  # layers, and what they work by in `forward`
+        self._layers: list[tuple[nn.Module, Forward]] = []  # and what they work by in `forward`, instead of their own
+        self._is_compiled = False
         self.shards: Shards | Zero | None = None  # where several processes share the weights out
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
 
@@ -140,11 +142,11 @@ class QNetwork(nn.Module):
             seen.append(states)
             return (states[:1] if in_chunks or not need_logits else states)[None]
 
-        with self.active(), self._compiled_inside(), head_reads(self.model, pick_states):
+        with self.active(), self._layers_replaced(), head_reads(self.model, pick_states):
             logits = self.model(**self._inputs(batch), use_cache=False).logits.squeeze(0)  # (N, V) or (1, V)
         quantiles = self._quantiles(batch, seen[0])
         several = quantiles if quantiles.shape[-1] > 1 else None
-        outputs = StateOutputs(logits, quantiles.mean(-1), seen[0], several, is_compiled=bool(self._compiled))
+        outputs = StateOutputs(logits, quantiles.mean(-1), seen[0], several, is_compiled=self._is_compiled)
         if not in_chunks:
             return outputs
         return outputs._replace(logits=logits.detach(), logits_of=self._logits_later(seen[0]), at_once=at_once)
@@ -199,13 +201,17 @@ class QNetwork(nn.Module):
 
     def compile_layers(self) -> None:
         """From here on `forward` runs compiled; decoding and the names of weights stay as they are."""
-        self._compiled = compiled_layers(self.model)
+        self._layers, self._is_compiled = compiled_layers(self.model), True
+
+    def checkpoint_layers(self) -> None:
+        """From here on `forward` keeps the layers' inputs alone for the backward pass, where they work again."""
+        self._layers = checkpointed_layers(self.model)
 
     @contextmanager
-    def _compiled_inside(self) -> Iterator[None]:
+    def _layers_replaced(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for layers, forward in self._compiled:
-                stack.enter_context(forward_replaced(layers, forward))
+            for layer, forward in self._layers:
+                stack.enter_context(forward_replaced(layer, forward))
             yield
 
     def shard(self, device: torch.device, sharding: Sharding, trial: Batch) -> None:

@@ -1,8 +1,8 @@
 """Recipe sections `warm_start` and `optimisation`: how weights move."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lmdqn.recipe.section import Section
 
@@ -46,8 +46,22 @@ class OptimisationSection(Section):
         "second time for the gradient; null: always whole",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Accelerate's autocast type")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="layers keep their inputs alone for the backward pass and work again there: less memory for "
+        "activations, and a third more work in updates",
+    )
     torch_compile: bool = Field(
         False,
         description="run updates (not rollouts) by torch.compile: faster once the first ones have taken a minute or "
         "two; numbers may differ in their last bits, also those of a resumed run",
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.torch_compile and self.gradient_checkpointing:
+            raise ValueError(
+                "optimisation.torch_compile chooses itself what to keep for the backward pass: set "
+                "gradient_checkpointing=false"
+            )
+        return self

@@ -33,6 +33,7 @@ class Manner:
     micro_batch_tokens: int = 2048  # ours; as in the recipes for a CPU
     rows_at_once: int | None = None  # the Trainer's, which adds up gradients over as many passes as it needs; all
     torch_compile: bool = False
+    gradient_checkpointing: bool = False
 
     def finish(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -62,6 +63,8 @@ def update_of(loaded: Any, episodes: list[Any], manner: Manner) -> Callable[[], 
     networks = Networks.build(loaded, recipe.beta, 0, OptimisationSection().vocabulary_chunk_mib)
     if manner.torch_compile:
         networks.compile_layers()
+    if manner.gradient_checkpointing:
+        networks.online.checkpoint_layers()
     with accelerator.autocast():
         measure_log_probs(networks.reference, episodes, loaded.layout, manner.micro_batch_tokens)
     heads = list(networks.online.value_head.parameters())

@@ -21,12 +21,13 @@ from speed.rollouts import iteration, merged_rollout, rollout
 from speed.scoring import scoring
 from speed.start import start
 from speed.table import CLOCKS, Settings
-from speed.updates import compiled, update, update_60m
+from speed.updates import checkpointed, compiled, update, update_60m
 
 ROWS = {
     "update": update,
     "update_60m": update_60m,
     "compiled": compiled,
+    "checkpointed": checkpointed,
     "memory": memory,
     "adapters": adapters,
     "rollout": rollout,

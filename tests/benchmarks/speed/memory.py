@@ -11,8 +11,8 @@ from speed.table import Line, Settings
 
 
 def memory(settings: Settings) -> Iterator[Line]:
-    """Peak memory of an update: 151,936 tokens, 4,096 response tokens, hidden 896, two layers."""
-    peak = {kind: _peak_mib(kind) for kind in ("chunks", "whole", "supervised")}
+    """Peak memory of an update: 151,936 tokens, 4,096 response tokens, hidden 896, two layers; then of many layers."""
+    peak = {kind: _peak_mib(kind) for kind in ("chunks", "whole", "supervised", "deep", "deep_checkpointed")}
     ours = f"{peak['chunks']:,.0f} MiB"
     for other, bar in (("whole", "<= 0.25"), ("supervised", "<= 1.1")):
         name = {"whole": "the same on whole logits", "supervised": "SFT, torch's chunked cross-entropy"}[other]
@@ -20,6 +20,9 @@ def memory(settings: Settings) -> Iterator[Line]:
         yield Line(
             f"peak of an update, vocabulary 151,936, against {name}", ours, f"{peak[other]:,.0f} MiB", ratio, bar
         )
+    kept, again = peak["deep"], peak["deep_checkpointed"]
+    name = "peak of an update, 16 layers of 512, with gradient_checkpointing against without"
+    yield Line(name, f"{again:,.0f} MiB", f"{kept:,.0f} MiB", [again / kept], "")
 
 
 def _peak_mib(kind: str) -> float:
@@ -40,13 +43,17 @@ def print_peak(kind: str) -> None:
     from lmdqn.model.networks import Networks
     from lmdqn.recipe import OptimisationSection, QLearningSection
 
-    config = Qwen2Config(
-        vocab_size=151_936, hidden_size=896, num_hidden_layers=2, num_attention_heads=14, num_key_value_heads=2,
-        intermediate_size=4864, tie_word_embeddings=True,
-    )  # fmt: skip
+    wide = {"vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 2, "intermediate_size": 4864}
+    deep = {"vocab_size": 8_000, "hidden_size": 512, "num_hidden_layers": 16, "intermediate_size": 1536}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
+    if is_deep := kind.startswith("deep"):
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = Qwen2Config(**(deep if is_deep else wide), **heads, tie_word_embeddings=True)
     layout = SequenceFormat(0, (1,), None, None)
     loaded = LoadedModel(Qwen2ForCausalLM(config).eval(), None, layout)
     networks = Networks.build(loaded, 0.01, 0, None if kind == "whole" else OptimisationSection().vocabulary_chunk_mib)
+    if kind == "deep_checkpointed":
+        networks.online.checkpoint_layers()
     episodes = [Episode(Example("", (), (2, 3, 4), (), ""), [5 + i] * 127 + [1], False, i // 4) for i in range(32)]
     batch = make_batch(episodes, layout)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

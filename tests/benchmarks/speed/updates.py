@@ -54,5 +54,19 @@ def compiled(settings: Settings) -> Iterator[Line]:
             yield compare(name, ours, theirs, "tokens/s", "")
 
 
+def checkpointed(settings: Settings) -> Iterator[Line]:
+    """The same updates with optimisation.gradient_checkpointing against those without."""
+    texts = texts_of(settings.data)
+    for width, layers, vocabulary in SIZES:
+        loaded = loaded_model(texts, width, layers, vocabulary)
+        episodes = groups_of_references(pairs(settings.data, 16, 4), loaded)
+        plain = update_of(deepcopy(loaded), episodes, ON_ONE_CORE)
+        again = update_of(loaded, episodes, replace(ON_ONE_CORE, gradient_checkpointing=True))
+        turns = settings.alternate(partial(settings.seconds, again), partial(settings.seconds, plain))
+        ours, theirs = ([tokens_of(episodes) / took for took in side] for side in turns)
+        name = f"update with gradient_checkpointing against without, {_size(loaded, lora=False)}"
+        yield compare(name, ours, theirs, "tokens/s", "")
+
+
 def _size(loaded: Any, lora: bool) -> str:
     return f"{sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f}M{' LoRA' if lora else ''}"
