@@ -80,6 +80,8 @@ def prepare(recipe: Recipe, tracker: Tracker | None, resume: bool) -> Parts:
 
 
 def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Processes, device: torch.device) -> Parts:
+    if not resume:
+        recipe.check_new()
     finished = None if recipe.continued is None else read_continuation(recipe)
     folder = RunFolder.check(recipe.output, resume)
     if resume and folder.recipe.exists():
@@ -97,7 +99,8 @@ def _prepare_alone(recipe: Recipe, tracker: Tracker, resume: bool, processes: Pr
     texts = [text for of_task in pairs.values() for text in _texts(of_task["train"])]
     section = recipe.model if finished is None else kept_model(recipe, finished.folder)
     loaded = load_model(section, texts, recipe.seed, recipe.max_response_tokens)
-    _check_precision(recipe, loaded.model)
+    if not resume:
+        _check_precision(recipe, loaded.model)
     loaded.model.to(device)
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for name, task in recipe.every_task.items():

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lmdqn.episodes import MATCH_FEATURES, Episode, Example, make_batch
 from lmdqn.errors import UserError
 from lmdqn.learn.objective import q_loss
+from lmdqn.model import activation_checkpointing
 from lmdqn.model.activation_checkpointing import checkpointed_layers
 from lmdqn.model.exploration import Exploration
 from lmdqn.model.loading import LoadedModel, add_lora, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import trained_parameters
-from lmdqn.recipe import Lora, QLearningSection, load_recipe, validate
+from lmdqn.recipe import Lora, QLearningSection, validate
 from tests.conftest import Ran
 
 BETA = 0.02
@@ -102,7 +104,9 @@ def test_layers_that_are_not_known_to_bear_it() -> None:
         checkpointed_layers(model)
 
 
-def test_a_whole_run_learns_the_same(command_line: Any, write_recipe: Any, write_data: Any, tmp_path: Path) -> None:
+def test_a_whole_run_learns_the_same(
+    command_line: Any, write_recipe: Any, write_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dropout in the warm start included: what it left out is left out again."""
     tree = {
         "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": SIZES["gpt2"]}},
@@ -116,9 +120,16 @@ def test_a_whole_run_learns_the_same(command_line: Any, write_recipe: Any, write
     recipe = write_recipe(tree)
     ran: Ran = command_line("train", recipe)
     assert ran.code == 0, ran.err
+    calls = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", counted)
     changed = ["optimisation.gradient_checkpointing=true", f"output.dir={tmp_path}/checkpointed"]
-    assert load_recipe(recipe, changed).optimisation.gradient_checkpointing
     ran = command_line("train", recipe, *changed)
     assert ran.code == 0, ran.err
     weights = [tmp_path / run / "last" / "model.safetensors" for run in ("plain", "checkpointed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert len(calls) > 3 * 2  # layers of two updates, and of MLE's

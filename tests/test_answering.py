@@ -73,7 +73,11 @@ def test_standard_input_is_a_file_of_lines(run: Path, command_line: CommandLine,
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         return command_line("generate", run, "--input", "-")
 
-    assert piped(b"cat\n\ndog\n").out.splitlines() == [lmdqn.generate(run, [s])[0] for s in ("cat", "dog")]
+    odd = "d\u2028og\x0c"
+    assert piped(f"cat\r\n\n{odd}\n".encode()).out.split("\n") == [
+        *(" ".join(lmdqn.generate(run, [source])[0].splitlines()) for source in ("cat", odd)),
+        "",
+    ]
     refused = piped(b"\xff\n")
     assert (refused.code, refused.err) == (2, "lmdqn: cannot read standard input: not UTF-8\n")
 

@@ -129,11 +129,14 @@ def test_missing_reward_function(refusal: Refusals) -> None:
     assert "'no_such_module:f'" in refusal.of_training("reward.mix={'no_such_module:f': 1}")
 
 
-@pytest.mark.parametrize("line", ["X = undefined_name", "import sys; sys.exit()", "{}['key']", "raise RuntimeError"])
+@pytest.mark.parametrize(
+    "line", ["X = undefined_name", "import sys; sys.exit()", "{}['key']", "raise RuntimeError", "import no_such"]
+)
 def test_reward_file_that_fails(refusal: Refusals, line: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"import math\n{line}\n", encoding="utf-8")
     sentence = refusal.of_training(f"reward.mix={{'{tmp_path}/mine.py:f': 1}}")
     assert f"cannot load {tmp_path}/mine.py" in sentence
+    assert "importlib" not in sentence
     assert f"(line 2 of {tmp_path}/mine.py)" in sentence
 
 

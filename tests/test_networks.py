@@ -303,18 +303,18 @@ def test_trying_the_head_takes_none_of_dropouts_random_numbers() -> None:
 
 
 def test_equal_returns_do_not_set_the_value_heads_scale(tmp_path: Path, write_data: Callable[..., Path]) -> None:
-    """The first rollouts are worth nothing, whatever they say; later ones differ."""
+    """The first rollouts are worth the same, whatever they say; later ones differ."""
     (tmp_path / "late.py").write_text(
         "calls = []\n"
         "def score(responses, references, sources):\n"
         "    calls.append(0)\n"
-        "    return [len(r) / 10 if len(calls) > 4 else 0.0 for r in responses]\n"
+        "    return [len(r) / 10 if len(calls) > 4 else 0.7 for r in responses]\n"
     )
     tree = {
         "model": {"from_scratch": {"family": "gpt2", "vocabulary_size": 300, "config": SIZES["gpt2"]}},
         "data": {"path": str(write_data()), "max_response_tokens": 8},
         "reward": {"mix": {f"{tmp_path}/late.py:score": 1}},
-        "rollout": {"prompts": 2, "samples": 4},
+        "rollout": {"prompts": 2, "samples": 3},  # the mean of three times .7 is not .7
         "qlearning": {"max_steps": 6},
         "evaluation": {"every_steps": 99, "bootstrap_samples": 100},
         "output": {"dir": str(tmp_path / "run")},

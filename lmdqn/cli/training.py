@@ -74,6 +74,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from lmdqn.text.data import SPLITS, count_pairs
     from lmdqn.text.rewards import TaskRewards
 
+    resolved.check_new()
     typer.echo(dump_recipe(resolved))
     RunFolder.check(resolved.output)
     if resolved.output.trackers:

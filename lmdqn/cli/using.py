@@ -114,6 +114,8 @@ def log(
 ) -> None:
     """Sample responses as the recipe's rollouts would, score them and write them down, for offline learning."""
     resolved = load_for_model(run_or_model, recipe, overrides, task)
+    if output.exists():  # before a model is loaded in vain
+        raise UserError(f"{output} is already there: choose another name")
     quiet_libraries()
     from lmdqn.answering import log_episodes
     from lmdqn.text.episode_log import write_log

@@ -82,10 +82,12 @@ class Replay:
 
     @property
     def is_full(self) -> bool:
-        """Whether another rollout like the newest would push older groups out."""
-        more, most_tokens = self._fresh, self.recipe.capacity_tokens
-        return len(self) + sum(held.episodes for held in more) > self.recipe.capacity_episodes or (
-            most_tokens is not None and self.tokens + sum(held.tokens for held in more) > most_tokens
+        """Whether there is no room for another group as large as the largest of the newest."""
+        most_tokens = self.recipe.capacity_tokens
+        episodes = max((held.episodes for held in self._fresh), default=0)
+        tokens = max((held.tokens for held in self._fresh), default=0)
+        return len(self) + episodes > self.recipe.capacity_episodes or (
+            most_tokens is not None and self.tokens + tokens > most_tokens
         )
 
     def add(self, groups: Sequence[Group]) -> None:

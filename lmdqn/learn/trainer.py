@@ -1,7 +1,7 @@
 """The Q-learning phase: roll out, score, replay, update, track. Someone who knows DQN should know it at a glance."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -225,7 +225,7 @@ class Trainer:
         with self.accelerator.autocast():
             sharpness, js = fit_sharpness(self.networks, batches, most)
         self.tracker.say(f"step {self.step}: rolling out at sharpness {sharpness:.2f}, {js:.4f} nats from the log")
-        return replace(exploration, sharpness=sharpness)
+        return Exploration(sharpness=sharpness)  # what was measured: no temperature or bound of the recipe's
 
     @property
     def is_over(self) -> bool:
@@ -302,7 +302,7 @@ class Trainer:
         record = {"step": self.step, "seconds": self.budget.seconds, "replay_episodes": len(self.replay)}
         if sampled:
             record |= rollout_record(groups)
-            rollouts = self.step // self.recipe.offline.steps_per_round if self.recipe.offline else self.step
+            rollouts = (self.step - 1) // self.recipe.offline.steps_per_round if self.recipe.offline else self.step
             record["episodes_per_s"] = rollouts * len(sampled) / self.budget.seconds
         if updates:
             record |= update_record(updates, {e.group for e in sampled})

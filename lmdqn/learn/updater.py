@@ -21,6 +21,8 @@ from lmdqn.model.exploration import Exploration
 from lmdqn.model.networks import Networks
 from lmdqn.recipe import Recipe
 
+ROUNDING = 1e-6  # a deviation of returns, in reward units, that equal ones may show
+
 
 @dataclass
 class Updater:
@@ -61,7 +63,7 @@ class Updater:
         if not self.networks.online.value_head.is_standardised:
             moments = self.processes.together(lambda: value_moments(batches))
             mean, deviation = mean_and_deviation(torch.stack(moments).sum(0))
-            if deviation[-1] > 0:  # returns that are all equal say nothing of their spread: the next batch may
+            if deviation[-1] > ROUNDING:  # returns that are all equal say nothing of their spread: the next may
                 self.networks.standardise(mean[:-1], deviation[:-1], deviation[-1])
         terms = round(self.processes.total(sum(loss_terms(batch, recipe.qlearning) for batch in batches)))
         learnt: list[Learnt] = []

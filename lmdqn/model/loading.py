@@ -69,26 +69,32 @@ def load_trained(folder: str | Path, like: ModelSection, max_response_tokens: in
 
     `like` says how else it is loaded: dtype, special tokens, remote code.
     """
-    section = like.model_copy(update={"name": str(folder), "from_scratch": None, "lora": None})
+
+    def named(name: str) -> ModelSection:
+        revision = like.revision if name == like.name else None
+        return like.model_copy(update={"name": name, "revision": revision, "from_scratch": None, "lora": None})
+
+    section = named(str(folder))
     if not _has_file(section, ADAPTER_CONFIG):
         return load_model(section, (), 0, max_response_tokens)
     from peft import PeftConfig, PeftModel
 
     if not _has_file(section, "adapter_model.safetensors"):  # peft would look for a pickle
         raise UserError(f"cannot load adapter {folder}: it has no adapter_model.safetensors")
-    revision = None if Path(folder).is_dir() else section.revision  # of a folder's adapter it is the base's
-    base = PeftConfig.from_pretrained(str(folder), revision=revision).base_model_name_or_path
-    of_base = {"name": base, "revision": section.revision if revision is None else None}
-    loaded = load_model(section.model_copy(update=of_base), (), 0, max_response_tokens)
-    return replace(loaded, model=PeftModel.from_pretrained(loaded.model, str(folder), revision=revision).eval())
+    base = PeftConfig.from_pretrained(str(folder), revision=section.revision).base_model_name_or_path
+    assert base is not None
+    loaded = load_model(named(base), (), 0, max_response_tokens)
+    adapted = PeftModel.from_pretrained(loaded.model, str(folder), revision=section.revision)
+    return replace(loaded, model=adapted.eval())
 
 
-def _has_file(section: ModelSection, file: str) -> bool:
-    """Whether a pretrained model's folder or repository has a file."""
+def _has_file(section: ModelSection, file: str, local_files_only: bool = False) -> bool:
+    """Whether a pretrained model's folder or repository (or what is here of it) has a file."""
     assert section.name is not None
     quiet = ("missing_entries", "gated_repo", "connection_errors")
     try:
         options = {f"_raise_exceptions_for_{problem}": False for problem in quiet}
+        options["local_files_only"] = local_files_only
         return cached_file(section.name, file, revision=section.revision, **options) is not None
     except OSError:  # there is no such model, as loading it will tell
         return False
@@ -105,7 +111,7 @@ def read_config(section: ModelSection, local_files_only: bool = False) -> PreTra
             local_files_only=local_files_only,
         )
     except (OSError, ValueError) as error:
-        if _has_file(section, ADAPTER_CONFIG):
+        if _has_file(section, ADAPTER_CONFIG, local_files_only=True):
             raise UserError(
                 f"model {section.name} is an adapter, and model.name must be a whole model: merge it into its base "
                 "(`lmdqn push --merge`, or PEFT's merge_and_unload), or go on from its run with --continue"

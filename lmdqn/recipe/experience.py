@@ -16,8 +16,7 @@ class RolloutSection(Section):
     temperature: float = Field(
         0.7,
         gt=0,
-        description="Boltzmann exploration; 1 samples the policy itself, and epsilon_greedy=true and "
-        "offline.boltzmann_js_nats take 1",
+        description="Boltzmann exploration; 1 samples the policy itself, and epsilon_greedy=true takes 1",
     )
     top_k: int | None = Field(None, ge=1, description="explore only inside the policy's k likeliest tokens")
     reference_top_k: int | None = Field(
@@ -40,12 +39,6 @@ class RolloutSection(Section):
         description="score a rollout while the last one is learnt from and the next one is written: for slow rewards; "
         "rollouts are one step older",
     )
-
-    @property
-    def samples_the_policy(self) -> bool:
-        """Whether tokens are drawn from the policy as it is."""
-        bounds = (self.top_k, self.reference_top_k, self.reference_top_p)
-        return self.temperature == 1 and not self.epsilon_greedy and all(bound is None for bound in bounds)
 
     @model_validator(mode="before")
     @classmethod

@@ -49,7 +49,7 @@ class OptimisationSection(Section):
     gradient_checkpointing: bool = Field(
         False,
         description="layers keep their inputs alone for the backward pass and work again there: less memory for "
-        "activations, and a third more work in updates",
+        "activations, and up to a third more work in updates",
     )
     torch_compile: bool = Field(
         False,

@@ -25,5 +25,5 @@ class OfflineSection(Section):
         gt=0,
         le=0.6931,
         description="rounds sample pi_0 exp(b Q), b the greatest whose Jensen-Shannon divergence from the log's "
-        "tokens stays under this; null: as `rollout` says",
+        "tokens stays under this, and nothing that `rollout` says of temperature, epsilon or bounds; null: as it says",
     )

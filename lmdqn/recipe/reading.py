@@ -17,13 +17,25 @@ from lmdqn.recipe.section import Place, nearest
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 1e-4 is one without a point, too. A key may stand but once in a mapping."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> yaml.Node | None:
+        document = super().get_single_node()
+        nodes = [document]
+        while nodes:  # aliases cannot make a circle of what is one mapping of settings, and are few
+            node = nodes.pop()
+            if isinstance(node, yaml.MappingNode):
+                _refuse_twins([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+                nodes += [value for _, value in node.value]
+            elif isinstance(node, yaml.SequenceNode):
+                nodes += node.value
+        return document
+
+
+def _refuse_twins(keys: list[yaml.ScalarNode]) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+        seen.add(key.value)
 
 
 _Loader.add_implicit_resolver(
@@ -89,10 +101,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r} must read key=value, such as qlearning.max_steps=200")
     *parents, last = key.split(".")
-    try:
-        value = text if _is_plain_text(text, [*parents, last]) else yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    value = _meant(text, _annotation_at([*parents, last]), override)
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
@@ -102,10 +111,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _is_plain_text(text: str, keys: list[str]) -> bool:
-    """Whether an override's value is meant as it stands, whatever YAML would take it for, such as `Q: {source} #1`."""
+def _meant(text: str, annotation: Any, override: str) -> Any:
+    """The value of an override: text as it stands, whatever YAML would take it for (`Q: {source} #1`), else as YAML."""
+    is_text = _holds_text(annotation)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text not in ("", "null", "~") and not quoted and _holds_text(_annotation_at(keys))
+    if is_text and not quoted and text.lower() not in ("", "null", "~"):
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        if is_text:  # such as "{source}" in "English"
+            return text
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
 
 
 def _annotation_at(keys: list[str]) -> Any:

@@ -129,16 +129,22 @@ class Recipe(Section):
         """The longest response of any task."""
         return max(task.data.max_response_tokens for task in self.every_task.values())
 
+    def check_new(self) -> None:
+        """Refuse what a new run must not have, and runs of earlier versions may, which are still read.
+
+        Raises:
+            UserError: the model that is kept would be chosen by a metric that is no gain.
+        """
+        metric = self.evaluation.metric
+        if metric not in BETTER_IF_GREATER:
+            better = ", ".join(BETTER_IF_GREATER)
+            raise UserError(f"evaluation.metric={metric} is no gain by itself: choose one of {better}")
+
     @model_validator(mode="before")
     @classmethod
-    def _defaults_that_depend(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        if given.get("tasks") is None:
-            given = {"reward": {}, **given}
-        offline, rollout = given.get("offline"), given.get("rollout", {})
-        if isinstance(offline, dict) and offline.get("boltzmann_js_nats") is not None and isinstance(rollout, dict):
-            given = {**given, "rollout": {"temperature": 1.0, **rollout}}
+    def _default_reward(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tasks") is None:
+            return {"reward": {}, **given}
         return given
 
     @model_validator(mode="after")
@@ -164,9 +170,6 @@ class Recipe(Section):
         metric = self.evaluation.metric
         if metric not in METRICS:
             raise ValueError(f"evaluation.metric: there is no metric {metric!r}{nearest(metric, BETTER_IF_GREATER)}")
-        if metric not in BETTER_IF_GREATER:
-            better = ", ".join(BETTER_IF_GREATER)
-            raise ValueError(f"evaluation.metric={metric} is no gain by itself: choose one of {better}")
         for name, task in self.every_task.items():
             if task.data.references is None and task.data.conversation is None:
                 self._possible_without_references(task, f"tasks.{name}." if name else "")
@@ -226,12 +229,6 @@ class Recipe(Section):
         if offline is not None and offline.boltzmann_js_nats is not None and qlearning.form == "classic":
             raise ValueError(
                 "offline.boltzmann_js_nats samples pi_0 exp(b Q), and qlearning.form=classic has no pi_0: use dueling"
-            )
-        if offline is not None and offline.boltzmann_js_nats is not None and not self.rollout.samples_the_policy:
-            raise ValueError(
-                "offline.boltzmann_js_nats samples pi_0 exp(b Q), b by its distance from the log, and another "
-                "rollout.temperature, top_k, reference_top_k, reference_top_p or epsilon_greedy would take it further: "
-                "drop them"
             )
         of_group = qlearning.loss == "path" and qlearning.path_value == "group"
         if of_group and self.rollout.samples + self.replay.demonstrations < 2:

@@ -1,6 +1,7 @@
 """Reading examples: JSONL, CSV, Parquet, folders saved by `datasets`, and the hub, into source and references."""
 
 import csv
+import io
 import json
 import string
 from collections.abc import Iterator
@@ -86,7 +87,8 @@ def read_sources(file: Path, data: DataSection) -> list[Pair]:
 def sources_in(text: bytes, origin: str) -> list[Pair]:
     """A source a line; raises UserError where that is not UTF-8."""
     try:
-        return [source_alone(line) for line in text.decode("utf-8").splitlines() if line.strip()]
+        lines = io.StringIO(text.decode("utf-8"), newline=None)  # other line breaks of Unicode's are part of a source
+        return [source_alone(line.rstrip("\n")) for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {origin}: not UTF-8") from error
 
@@ -207,7 +209,7 @@ def _read_hub(data: DataSection, split: str) -> list[Row]:
         return datasets.load_dataset(data.hub, data.hub_config, split=split, revision=data.hub_revision).to_list()
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "; try data.hub_revision=refs/convert/parquet" if "script" in reason else ""
+        hint = "; try data.hub_revision=refs/convert/parquet" if "scripts are no longer" in reason else ""
         raise UserError(f"cannot load {data.hub} [{split}] from the hub or its cache: {reason}{hint}") from error
 
 

@@ -176,9 +176,10 @@ def write_log(file: Path, episodes: Iterable[Episode]) -> tuple[int, float]:
     if file.exists():
         raise UserError(f"{file} is already there: choose another name")
     rewards = []
-    with writing(file), whole_file(file) as lines:
+    with whole_file(file) as lines:
         for episode in episodes:
-            lines.write(json.dumps(_as_row(episode), ensure_ascii=False) + "\n")
+            with writing(file):
+                lines.write(json.dumps(_as_row(episode), ensure_ascii=False) + "\n")
             rewards.append(episode.reward)
     return len(rewards), fmean(rewards)
 

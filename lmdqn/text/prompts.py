@@ -57,8 +57,9 @@ def encode_examples(
     if layout.context_tokens is not None:
         longest_response = max(longest_response, data.max_response_tokens)  # tasks are decoded together
         if longest_response + len(layout.decoder_prefix or ()) > layout.context_tokens:
+            of_task = "" if longest_response == data.max_response_tokens else "another task's "
             raise UserError(
-                f"data.max_response_tokens={longest_response} is more than the model's context of "
+                f"{of_task}data.max_response_tokens={longest_response} is more than the model's context of "
                 f"{layout.context_tokens} tokens has room for"
             )
         room = layout.context_tokens - (0 if layout.is_seq2seq else longest_response)

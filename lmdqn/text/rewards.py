@@ -188,8 +188,10 @@ def _guarded(name: str, function: RewardFunction, texts: _Texts, max_seconds: fl
 
 def _told(error: BaseException) -> str:
     """What went wrong in a user's code, and where."""
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} (line {line.lineno} of {line.filename})"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename != __file__]
+    where = f" (line {lines[-1].lineno} of {lines[-1].filename})" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def centre(group: Sequence["Episode"], overall: float, recipe: QLearningSection) -> None:
