@@ -17,6 +17,11 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
+def leaving(path: Path) -> Path:
+    """Where a folder's old content goes until the new one is in place."""
+    return path.with_name(f".{path.name}.old")
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[TextIO]:
     """A text file to fill, in its place once it is complete.
@@ -56,15 +61,16 @@ def write_link(link: Path, to: str) -> None:
 
 def swap_in(folder: Path, fill: Callable[[Path], object]) -> None:
     """Fill a fresh folder and put it in place of the old one only when it is complete and on the disk."""
-    fresh, old = beside(folder), folder.with_name(f".{folder.name}.old")
+    fresh, old = beside(folder), leaving(folder)
     for leftover in (fresh, old):
         if leftover.exists():
             shutil.rmtree(leftover)
     fresh.mkdir()
     try:
         fill(fresh)
-        for file in fresh.iterdir():
-            _sync(file)
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                _sync(file)
     except (OSError, SafetensorError):
         shutil.rmtree(fresh)  # a full disk is not kept full
         raise

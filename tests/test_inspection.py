@@ -50,7 +50,7 @@ def make_run(tmp_path: Path, write_data: Callable[..., Path], write_recipe: Call
             "rollout": {"prompts": 3, "samples": 2},
             "qlearning": {"max_steps": 4, "beta": BETA, "target_polyak": 1.0},
             "optimisation": {"learning_rate": 5e-3},
-            "evaluation": {"every_steps": 4, "bootstrap_samples": 100, "metric": "length_words"},
+            "evaluation": {"every_steps": 4, "bootstrap_samples": 100},
             "output": {"dir": str(tmp_path / name)},
         }
         tree = {key: section for key, section in {**tree, **sections}.items() if section is not None}

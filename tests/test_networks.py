@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -14,7 +14,7 @@ import lmdqn
 from lmdqn.episodes import VALUE_FEATURES, Batch, Episode, Example, make_batch
 from lmdqn.learn.learning_rates import default_rate, value_head_rate
 from lmdqn.model.head import LMHead
-from lmdqn.model.loading import LoadedModel, load_model, load_trained
+from lmdqn.model.loading import LoadedModel, add_lora, load_model, load_trained
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import over_vocabulary, trained_parameters
 from lmdqn.recipe import Lora, ModelSection, OutputSection, validate
@@ -323,3 +323,10 @@ def test_equal_returns_do_not_set_the_value_heads_scale(tmp_path: Path, write_da
     head = load_file(tmp_path / "run" / "last" / "value_head.safetensors")
     assert head["scale"] > 0.05  # of returns that differ by tenths; beta is .004
     assert head["feature_rate"][-1] > 0  # that of the other samples' rewards
+
+
+def test_an_adapter_is_saved_with_the_revision_of_its_base(tmp_path: Path) -> None:
+    """Else PEFT would load it over whatever the base's main branch holds by then."""
+    adapted = add_lora(scratch("llama").model, Lora(rank=4), 0, revision="v1.0")
+    adapted.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).revision == "v1.0"

@@ -110,6 +110,17 @@ def test_what_is_written_is_read_again(byte_tokenizer: Any, tmp_path: Path) -> N
         write_log(tmp_path / "log.jsonl", episodes)
 
 
+def test_a_prompt_of_no_example_comes_back_in_its_chat_template(byte_tokenizer: Any, tmp_path: Path) -> None:
+    ids = tuple(byte_tokenizer("user: one|").input_ids)
+    episode = Episode(Example("one", (), ids, (), "one"), [*byte_tokenizer("ab").input_ids, 2], False, 0, text="ab")
+    write_log(tmp_path / "log.jsonl", [episode])
+    assert open_log(tmp_path / "log.jsonl", byte_tokenizer)[0][0].example.prompt_ids == ids
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    write_rows(tmp_path / "other.jsonl", [{**row, "prompt_ids": [100_000]}])
+    with pytest.raises(UserError, match="prompt_ids must be token ids of this model"):
+        list(open_log(tmp_path / "other.jsonl", byte_tokenizer))
+
+
 def test_where_nothing_can_be_written_nothing_is_sampled(tmp_path: Path) -> None:
     drawn = iter([Episode(Example("one", (), (1,), (), "one"), [2], False, 0)])
     with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No such file or directory"):

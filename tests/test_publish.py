@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import lmdqn
 from lmdqn.model.loading import load_model, load_trained
 from lmdqn.recipe import Recipe, load_recipe
-from lmdqn.results.model_card import Published, model_card, public_recipe, snippet
+from lmdqn.results.model_card import Published, _method, _opening, model_card, public_recipe, snippet
 from tests.local_hub import TOKEN, Hub, running
 from tests.runs import write_splits
 
@@ -211,6 +211,7 @@ def test_the_card_says_what_the_run_knows(hub: Hub, run: Path, push: CommandLine
         ("rouge", "ROUGE-1"),
         ("rouge", "ROUGE-2"),
         ("rouge", "ROUGE-L"),
+        ("rouge", "ROUGE-Lsum"),
         ("bleu", "BLEU"),
         ("chrf", "chrF"),
     }
@@ -303,9 +304,42 @@ def test_the_token_is_written_nowhere(hub: Hub, run: Path, push: CommandLine, tm
 # --- the card by itself -----------------------------------------------------------------------------------------------
 
 
-def recipe_of(**changes: dict[str, Any]) -> Recipe:
+def recipe_of(**changes: dict[str, Any] | None) -> Recipe:
     tree = {"model": {"name": "google/flan-t5-small"}, "data": {"hub": "knkarthick/samsum"}}
     return Recipe.model_validate({**tree, **changes})
+
+
+def test_the_public_recipe_names_no_folder_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(
+        model={"name": "models/base"},
+        data={"path": "clients/acme", "prompt": "/no_think Summarise: {source} yes/no"},
+        reward={"mix": {"clients/taste.py:short": 1.0}},
+        offline={"path": "clients/acme/log.jsonl"},
+    )
+    monkeypatch.chdir("/")
+    shown = yaml.safe_load(public_recipe(recipe))
+    places = (shown["model"]["name"], shown["data"]["path"], shown["offline"]["path"], *shown["reward"]["mix"])
+    assert places == ("base", "acme", "log.jsonl", "taste.py:short")
+    assert shown["data"]["prompt"] == "/no_think Summarise: {source} yes/no"
+
+
+def test_the_card_says_what_the_reference_is() -> None:
+    assert "pi_0 is the frozen start of the DQN phase." in _method(recipe_of())
+    reset = _method(recipe_of(qlearning={"reference_reset_every": 9}))
+    assert "up to 9 updates before, the frozen start of the DQN phase at first" in reset
+    learnt_on = recipe_of(continued={"run": "runs/first"}, warm_start=None, replay={"fresh_share": 0.5})
+    assert "pi_0 is the reference of the run that this one learnt on from." in _method(learnt_on)
+    assert "on from an earlier run" in _opening(learnt_on, Published("jane/x", "main", False, True))
+
+
+def test_the_snippet_runs_a_models_own_code_where_the_run_did() -> None:
+    for is_adapter in (False, True):
+        published = Published("jane/x", "main", is_adapter, False)
+        model = {"name": "jane/own", "trust_remote_code": True}
+        assert snippet(recipe_of(model=model), published).count("trust_remote_code=True") == 2
+        assert "trust_remote_code" not in snippet(recipe_of(), published)
 
 
 def test_the_public_recipe_names_no_folder(tmp_path: Path) -> None:

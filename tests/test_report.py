@@ -39,13 +39,21 @@ def test_the_table_shows_results_intervals_gains_and_p(run: Path) -> None:
         assert f"{results['test'][phase]['bleu']:.1f} {low:.1f} – {high:.1f}" in text
     gain = results["test"]["dqn"]["rougeL"] - results["test"]["mle"]["rougeL"]
     assert f"{gain:+.1f} {results['p_value']['rougeL']:.3f}" in text
-    assert "The kept model is that of rollout 10" in text  # 50 + 10 * 20 against 50 + 20 * 10 at a later step
+    assert "The kept model is that of step 10" in text  # 50 + 10 * 20 against 50 + 20 * 10 at a later step
     assert "Constant throughout: loss 2, beta 0.004." in text
     assert "MLE 61 s" in text
     assert "DQN 2.0 min" in text
     assert "2.0 h" in text
     assert f"peak memory {results['peak_memory_mib']['resident']:,.0f} MiB resident" in text
     assert "Nothing was recorded: no update was made" in text
+
+
+def test_a_run_from_a_log_sampled_what_its_rounds_did(finished_run: Callable[..., Path]) -> None:
+    """20 steps, a rollout of 16 prompts and 8 samples after every six, two at most; without rounds none."""
+    for rounds, sampled in ((0, "0"), (2, "256")):
+        offline = {"path": "log.jsonl", "rounds": rounds, "steps_per_round": 6}
+        run = finished_run(f"run{rounds}", SOURCES, offline=offline, replay={"fresh_share": 0.5})
+        assert f"20 steps, {sampled} sampled episodes" in text_of(page_of(run))
 
 
 @pytest.mark.parametrize("metric", BETTER_IF_GREATER)

@@ -60,7 +60,7 @@ def load_model(section: ModelSection, texts: Sequence[str], seed: int, max_respo
     layout = replace(layout, shares_prompts=can_share_prompts(model, layout), token_cost=_token_cost(model))
     model.generation_config = _plain_generation(layout, max_response_tokens)
     if section.lora is not None:
-        model = add_lora(model, section.lora, seed)
+        model = add_lora(model, section.lora, seed, section.revision)
     return LoadedModel(model.eval(), tokenizer, layout)
 
 
@@ -277,8 +277,8 @@ def _plain_generation(layout: SequenceFormat, max_response_tokens: int) -> Gener
     )
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
-    """The model with a fresh adapter, as a PeftModel."""
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int, revision: str | None = None) -> Any:
+    """The model with a fresh adapter, as a PeftModel, which is saved with the base's revision."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
@@ -286,7 +286,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            return get_peft_model(model, config, revision=revision)
         except ValueError as error:
             raise UserError(f"model.lora: {_first_sentence(error)}") from error
 

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lmdqn.recipe.section import Place, Section
+from lmdqn.recipe.section import HubName, Section
 
 
 class FromScratch(Section):
@@ -24,7 +24,7 @@ class Lora(Section):
 
 
 class ModelSection(Section):
-    name: Place | None = Field(None, description="hub name or local folder of a pretrained model")
+    name: HubName | None = Field(None, description="hub name or local folder of a pretrained model")
     from_scratch: FromScratch | None = Field(
         None, description="build a small model and its tokenizer from the data instead of loading one"
     )

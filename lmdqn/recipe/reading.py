@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lmdqn.errors import UserError
 from lmdqn.recipe.recipe import Recipe
-from lmdqn.recipe.section import Place, nearest
+from lmdqn.recipe.section import HubName, Place, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,7 +143,7 @@ def _holds_text(annotation: Any) -> bool:
         return all(kind is NoneType or _holds_text(kind) for kind in get_args(annotation))
     if get_origin(annotation) is Literal:
         return all(isinstance(choice, str) for choice in get_args(annotation))
-    return annotation is str or annotation is Place
+    return annotation in (str, Place, HubName)
 
 
 def _first_problem(error: ValidationError) -> str:

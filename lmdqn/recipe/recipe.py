@@ -1,6 +1,8 @@
 """The whole recipe: its sections, and which of their settings exclude each other."""
 
+import os
 import re
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
@@ -133,12 +135,30 @@ class Recipe(Section):
         """Refuse what a new run must not have, and runs of earlier versions may, which are still read.
 
         Raises:
-            UserError: the model that is kept would be chosen by a metric that is no gain.
+            UserError: the model that is kept would be chosen by a metric that is no gain, or the run's folder, which it
+                may replace, holds what it reads.
         """
+        run = Path(self.output.dir).resolve()
+        for key, place in self._places().items():
+            if place is not None and Path(place).resolve().is_relative_to(run):
+                raise UserError(f"{key}={place} lies in output.dir={self.output.dir}: choose another output.dir")
         metric = self.evaluation.metric
         if metric not in BETTER_IF_GREATER:
             better = ", ".join(BETTER_IF_GREATER)
             raise UserError(f"evaluation.metric={metric} is no gain by itself: choose one of {better}")
+
+    def _places(self) -> dict[str, str | None]:
+        """By key, what it reads from this machine."""
+        places = {
+            f"tasks.{name}.data.path" if name else "data.path": t.data.path for name, t in self.every_task.items()
+        }
+        if os.path.isabs(self.model.name or ""):
+            places["model.name"] = self.model.name
+        if self.offline is not None:
+            places["offline.path"] = self.offline.path
+        if self.continued is not None:
+            places["continued.episodes"] = self.continued.episodes
+        return places
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,15 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+
+def _found(name: str) -> str:
+    """A folder's whole path, so that nobody takes it for a name on the hub; such a name as it is."""
+    place = os.path.expanduser(name)
+    return os.path.abspath(place) if os.path.isdir(place) else place
+
+
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # of a file or folder: ~ is the user's home
+HubName = Annotated[str, AfterValidator(_found)]  # or a folder here, which comes first, as in transformers
 
 
 class Section(BaseModel):

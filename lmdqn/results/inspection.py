@@ -135,8 +135,8 @@ def _steps(episode: Episode, before: _View, after: _View, recipe: Recipe, tokeni
         advantages = after.logits - values[:, None]
     elif recipe.qlearning.form == "calibrated":
         values = recipe.qlearning.beta * (after.logits.logsumexp(-1) - before.logits.logsumexp(-1))
-    elif recipe.qlearning.loss == "path":
-        values = None
+    elif recipe.qlearning.loss == "path" or recipe.qlearning.reference_reset_every is not None:
+        values = None  # there is none, or it is measured against a later reference than the one that is kept
     ids = episode.response_ids
     steps = []
     for t, token in enumerate(ids):

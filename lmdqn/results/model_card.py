@@ -66,22 +66,23 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], examples: int, publis
 
 def snippet(recipe: Recipe, published: Published) -> str:
     """Python that loads the published model and answers one source, as `lmdqn generate` would."""
+    code = ", trust_remote_code=True" if recipe.model.trust_remote_code else ""
     auto = f"AutoModelFor{'Seq2SeqLM' if published.is_seq2seq else 'CausalLM'}"
     where = "repository" if published.revision == "main" else f'repository, revision="{published.revision}"'
-    loading = [f"from transformers import {auto}, AutoTokenizer", f"model = {auto}.from_pretrained({where})"]
+    loading = [f"from transformers import {auto}, AutoTokenizer", f"model = {auto}.from_pretrained({where}{code})"]
     generating = "model.generate(**inputs)"
     if published.is_adapter:
         loading = [
             f"from peft import AutoPeftModelFor{auto.removeprefix('AutoModelFor')}\n"
             "from transformers import AutoTokenizer, GenerationConfig",
-            f"model = AutoPeftModelFor{auto.removeprefix('AutoModelFor')}.from_pretrained({where})",
+            f"model = AutoPeftModelFor{auto.removeprefix('AutoModelFor')}.from_pretrained({where}{code})",
         ]
         generating = f"model.generate(**inputs, generation_config=GenerationConfig.from_pretrained({where}))"
     answer = "output" if published.is_seq2seq else 'output[inputs["input_ids"].shape[1] :]'
     return f"""{loading[0]}
 
 repository = "{published.repository}"
-tokenizer = AutoTokenizer.from_pretrained({where})
+tokenizer = AutoTokenizer.from_pretrained({where}{code})
 {loading[1]}
 
 {_prompting(recipe, published)}
@@ -92,11 +93,18 @@ print(tokenizer.decode({answer}, skip_special_tokens=True).strip())
 
 def public_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML in which folders and files stand by their last name alone."""
-    tree = _without_folders(recipe.model_dump(mode="json"))
-    sets = [task["data"] for task in (tree["tasks"] or {"": tree}).values()]
-    for section, key in (*((data, "path") for data in sets), (tree["output"], "dir")):
-        if section[key] is not None:
+    tree = recipe.model_dump(mode="json")
+    tasks = list((tree["tasks"] or {"": tree}).values())
+    places = [(task["data"], "path") for task in tasks]
+    places += [(tree["output"], "dir"), (tree["offline"], "path"), (tree["continued"], "run")]
+    places += [(tree["continued"], "episodes")]
+    if is_local(recipe.model.name or ""):
+        places.append((tree["model"], "name"))
+    for section, key in places:
+        if section is not None and section[key] is not None:
             section[key] = PurePath(section[key]).name
+    for task in tasks:
+        task["reward"]["mix"] = _public_mix(task["reward"]["mix"])
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -105,16 +113,9 @@ def is_local(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith(".") or os.path.exists(name)
 
 
-def _without_folders(value: Any) -> Any:
-    """The same tree with every local file or folder in it, as a key or a value, cut to its last name."""
-    if isinstance(value, dict):
-        return {_without_folders(key): _without_folders(held) for key, held in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(held) for held in value]
-    if isinstance(value, str):
-        path, colon, function = value.partition(".py:")  # a reward of one's own is file.py:function
-        return PurePath(path).name + colon + function if is_local(path + colon[:3]) else value
-    return value
+def _public_mix(mix: Mapping[str, float]) -> dict[str, float]:
+    """Terms of one's own, file.py:function, without the file's folder."""
+    return {PurePath(term).name if ".py:" in term else term: weight for term, weight in mix.items()}
 
 
 def _metadata(recipe: Recipe, results: Mapping[str, Any], published: Published) -> ModelCardData:
@@ -158,6 +159,8 @@ def _opening(recipe: Recipe, published: Published) -> str:
     if recipe.model.lora is not None and not published.is_adapter:
         kind = "a LoRA adapter, merged into the weights"
     how = "fine-tuned by token-level DQN"
+    if recipe.continued is not None:
+        how = f"{how} on from an earlier run"
     if recipe.warm_start is not None:
         how = f"first trained by likelihood on the references, then {how}"
     return f"{base}, {how} ({kind}). The LM head is the Q-function, the reward is {_reward(recipe)}. Made with lmdqn."
@@ -166,7 +169,7 @@ def _opening(recipe: Recipe, published: Published) -> str:
 def _reward(recipe: Recipe) -> str:
     mixes = []
     for task_name, task in recipe.every_task.items():
-        terms = _without_folders(task.reward.mix)
+        terms = _public_mix(task.reward.mix)
         mix = " + ".join(f"{weight:g} `{name}`" for name, weight in terms.items())
         mixes.append(f"{mix} (task `{task_name}`)" if task_name else mix)
     return ", ".join(mixes)
@@ -198,9 +201,14 @@ def _data_of(task: TaskSection) -> str:
 def _method(recipe: Recipe) -> str:
     q = recipe.qlearning
     settings = f"beta = {q.beta:g} reward units a nat, gamma = {q.gamma:g}, lambda = {q.trace:g}"
+    start = "the frozen start of the DQN phase"
+    if recipe.continued is not None:
+        start = "the reference of the run that this one learnt on from"
+    if q.reference_reset_every is not None:
+        start = f"the policy as it was up to {q.reference_reset_every} updates before, {start} at first"
     return (
-        f"A state is the prompt and the tokens so far, an action the next token; pi_0 is the frozen start of the DQN "
-        f"phase.\n\n```\n{_equations(q)}\n```\n\n{settings}; rewards centred by: {q.baseline}. The published weights "
+        f"A state is the prompt and the tokens so far, an action the next token; pi_0 is {start}."
+        f"\n\n```\n{_equations(q)}\n```\n\n{settings}; rewards centred by: {q.baseline}. The published weights "
         "are the target network's, the best on validation. Terms beyond these equations, where there are any, stand "
         "in the recipe below."
     )

@@ -125,14 +125,17 @@ def kept_step(lines: Lines, metric: str) -> str:
     best, step = max(scores, key=lambda score: score[0])
     if step == 0:
         return f"No validation was better than the one before Q-learning ({best:.1f}): that model is kept."
-    return f"The kept model is that of rollout {step}, the best on validation."
+    return f"The kept model is that of step {step}, the best on validation."
 
 
 def _facts(results: Mapping[str, Any], lines: Lines, recipe: Recipe) -> str:
     steps = max((line["step"] for line in lines if line["phase"] == "dqn"), default=0)
-    episodes = steps * recipe.rollout.prompts * recipe.rollout.samples
+    rollouts, offline = steps, recipe.offline
+    if offline is not None:
+        rollouts = min(offline.rounds, max(0, steps - 1) // offline.steps_per_round)
+    episodes = rollouts * recipe.rollout.prompts * recipe.rollout.samples
     took = _minutes(results["seconds"]["dqn"])
-    return f"{steps} rollouts, {episodes:,} sampled episodes, {took} of Q-learning; seed {recipe.seed}."
+    return f"{steps} steps, {episodes:,} sampled episodes, {took} of Q-learning; seed {recipe.seed}."
 
 
 def _row(name: str, results: Mapping[str, Any], before: str, recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdqn.errors import UserError, writing
 from lmdqn.recipe import OutputSection, Recipe, dump_recipe
-from lmdqn.whole_files import beside, swap_in, write_whole
+from lmdqn.whole_files import beside, leaving, swap_in, write_whole
 
 if TYPE_CHECKING:  # `check` needs paths alone, and these import torch, which takes seconds
     from lmdqn.episodes import Episode, Example
@@ -52,10 +52,23 @@ class RunFolder:
                 raise UserError(f"{path} is no run of lmdqn that could be resumed: it has no recipe.yaml")
         elif path.is_dir() and any(path.iterdir()):
             if not output.overwrite:
-                raise UserError(f"{path} already holds a run: choose another output.dir, or set output.overwrite=true")
-            if not (path / "recipe.yaml").exists():
+                what = "a run" if run.recipe.exists() else "something"
+                raise UserError(f"{path} already holds {what}: choose another output.dir, or set output.overwrite=true")
+            run._refuse_strangers()
+            if not run.recipe.exists():
                 raise UserError(f"{path} is not empty and no run of lmdqn: output.overwrite does not delete it")
         return run
+
+    def _refuse_strangers(self) -> None:
+        """Raise UserError where the folder holds what no run wrote, which nothing may delete."""
+        if strangers := sorted(file.name for file in self.path.iterdir() if not self._is_ours(file)):
+            raise UserError(
+                f"{self.path} holds {strangers[0]}, which no run wrote: move it, or choose another output.dir"
+            )
+
+    def _is_ours(self, file: Path) -> bool:
+        ours = [path for path in vars(self).values() if path != self.path]
+        return file in (*ours, *map(beside, ours), *map(leaving, ours))
 
     def is_barely_begun(self) -> bool:
         """Nothing is there but what a run leaves that was killed before its first checkpoint was complete."""
@@ -76,15 +89,22 @@ class RunFolder:
         return recipe.model.name
 
     def begin(self, recipe: Recipe) -> None:
-        """Create the folder (dropping an old run that `check` allowed to go) with the resolved recipe."""
+        """Create the folder (emptied of an old run that `check` allowed to go) with the resolved recipe.
+
+        Raises:
+            UserError: it cannot be made, or holds what no run wrote.
+        """
         with writing(self.path):
-            if self.path.is_dir():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_strangers()
+            for file in self.path.iterdir():
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
         write_whole(self.recipe, dump_recipe(recipe))
 
     def go_on(self, recipe: Recipe) -> None:
-        """Keep what is there, and note the recipe, whose budget may be another."""
+        """Note the recipe, whose budget may be another; what an end told of a model that may not stay is dropped."""
+        for file in (self.results, self.predictions, self.report):
+            file.unlink(missing_ok=True)
         write_whole(self.recipe, dump_recipe(recipe))
 
     def save_model(self, network: "QNetwork", tokenizer: Any, folder: Path) -> None:

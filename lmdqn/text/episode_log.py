@@ -99,16 +99,21 @@ class EpisodeLog(Sequence[list[Episode]]):
             )
         ids = ids[: self.max_response_tokens]
         truncated = truncated or ids[-1] not in self.layout.eos_ids
-        episode = Episode(self._example(row["prompt"], where, len(ids)), ids, truncated, group, text=response)
+        episode = Episode(self._example(row, where, len(ids)), ids, truncated, group, text=response)
         episode.reward = _reward(row, where)
         if behaviour is not None:
             episode.behaviour_log_probs = torch.tensor(behaviour[: len(ids)], dtype=torch.float32)
         return episode
 
-    def _example(self, prompt: str, where: str, response_tokens: int) -> Example:
+    def _example(self, row: Row, where: str, response_tokens: int) -> Example:
+        prompt = row["prompt"]
         if (known := self._by_prompt.get(prompt)) is not None:
             return known
-        ids = self.tokenizer(prompt).input_ids
+        ids = row.get("prompt_ids")
+        if ids is None:
+            ids = self.tokenizer(prompt).input_ids
+        elif not all(isinstance(token, int) and 0 <= token < len(self.tokenizer) for token in ids):
+            raise UserError(f"{where}: prompt_ids must be token ids of this model: leave them out if another wrote it")
         taken, context = len(ids) + (0 if self.layout.is_seq2seq else response_tokens), self.layout.context_tokens
         if context is not None and taken > context:
             raise UserError(f"{where}: {taken} tokens do not fit into the model's context of {context}")
@@ -188,7 +193,8 @@ def _as_row(episode: Episode) -> Row:
     row: Row = {"prompt": episode.example.prompt, "response": episode.text, "reward": episode.reward}
     if episode.behaviour_log_probs is not None:
         row["behaviour_log_probs"] = [round(x, 6) for x in episode.behaviour_log_probs.tolist()]
-    return row | {"response_ids": episode.response_ids, "truncated": episode.truncated}
+    row |= {"response_ids": episode.response_ids, "truncated": episode.truncated}
+    return row | {"prompt_ids": list(episode.example.prompt_ids)}  # a chat template's tokens are not in the text
 
 
 def _row(origin: str, i: int) -> str:

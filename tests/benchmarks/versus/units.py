@@ -1,5 +1,6 @@
 """Units of work: one method's run on one task with one setting and one seed, each with its own result file."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ class Bench:
 
     def start(self, task: Task) -> Result:
         """The warm start's own result, in the form of a unit's."""
+        self._check_data(task)
         file = task.folder(self.settings) / "units" / "start.json"
         if not file.exists():
             arena = self._arena(task)
@@ -113,6 +115,15 @@ class Bench:
             point = {"seconds": 0.0, "episodes": 0, **validation.metrics}
             write_json(file, {"curves": {"online": [point]}, "test": {"online": {"last": _kept(test)}}})
         return read_json(file)
+
+    def _check_data(self, task: Task) -> None:
+        """Raises UserError where the task's results are of other data."""
+        files = sorted((self.settings.data / task.set).glob("*.jsonl"))
+        ours = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        known = task.folder(self.settings) / "data.json"
+        if known.exists() and json.loads(known.read_text(encoding="utf-8")) != ours:
+            raise UserError(f"{known} is of other data than {self.settings.data / task.set}: choose another --output")
+        write_json(known, ours)
 
     def _arena(self, task: Task) -> Arena:
         if task not in self._arenas:
