@@ -222,6 +222,9 @@ def test_the_whole_course_from_the_command_line(
         monkeypatch.setitem(METHODS, name, replace(METHODS[name], run=refuse))
     versus_trl.main()
     assert (folder / "report.md").read_text(encoding="utf-8") == report
+    (folder / "data.json").write_text('{"train.jsonl": "of another day"}', encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"data\.json is of other data than"):
+        versus_trl.main()
 
 
 def test_resampled_scores_are_the_metrics_themselves(arena: Arena) -> None:

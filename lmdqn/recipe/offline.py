@@ -10,7 +10,7 @@ from lmdqn.recipe.section import Place, Section
 class OfflineSection(Section):
     path: Place = Field(
         description="logged episodes, .jsonl or .parquet: prompt (as the model reads it), response, reward, and where "
-        "known behaviour_log_probs (nats, one a token) with response_ids; `lmdqn log` writes one"
+        "known behaviour_log_probs (nats, one a token) with response_ids, and prompt_ids; `lmdqn log` writes one"
     )
     behaviour: Literal["logged", "reference"] = Field(
         "logged", description="importance weights: behaviour as the log has it, or estimated by the frozen reference"
