@@ -388,8 +388,10 @@ def test_folder_that_holds_a_run(refusal: Refusals) -> None:
 
 def test_overwriting_a_folder_that_is_no_run(refusal: Refusals) -> None:
     refusal.output.mkdir()
-    (refusal.output / "thesis.tex").write_text("years of work", encoding="utf-8")
+    (refusal.output / "model").mkdir()
     assert f"{refusal.output} is not empty and no run" in refusal.of_training("output.overwrite=true")
+    (refusal.output / "thesis.tex").write_text("years of work", encoding="utf-8")
+    assert f"{refusal.output} holds thesis.tex, which no run wrote" in refusal.of_training("output.overwrite=true")
 
 
 def test_output_that_is_a_file(refusal: Refusals) -> None:
