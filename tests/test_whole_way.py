@@ -161,7 +161,7 @@ def test_the_classic_form_and_epsilon_greedy_run(farm: Path, train: Train, tmp_p
     train(write_recipe(tmp_path, farm, "gpt2", **changes))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     epsilons = [line["epsilon"] for line in lines if line["phase"] == "dqn" and line["step"] > 0]
-    assert epsilons == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
+    assert epsilons == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])  # what each step explored by
 
 
 def test_a_target_of_16_bits_learns_and_is_what_ships(farm: Path, train: Train, tmp_path: Path) -> None:
