@@ -1,10 +1,12 @@
-"""What tests of whole runs share: their data, what they told, and what they left, without what depends on the clock."""
+"""What tests share: tiny models, and of whole runs data, what they told, and what they left but for the clock."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdqn.model.loading import LoadedModel, add_lora, load_model
+from lmdqn.recipe import Lora, validate
 from lmdqn.results.tracking import Tracker
 
 SPLITS = ("train", "validation", "test")
@@ -64,3 +66,14 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
         parts = node.items() if isinstance(node, dict) else enumerate(node)
         return {key: value for k, part in parts for key, value in _flat(part, f"{path}/{k}").items()}
     return {path: node}
+
+
+def tiny_model(kind: str, sizes: Mapping[str, Mapping[str, Any]]) -> LoadedModel:
+    """Random weights of a family, by its fields in `sizes`; `FAMILY lora` comes with an adapter of rank 4."""
+    family, _, lora = kind.partition(" ")
+    tree = {"from_scratch": {"family": family, "vocabulary_size": 300, "config": dict(sizes[family])}}
+    section = validate({"model": tree, "data": {"path": "."}}, "test").model
+    loaded = load_model(section, ["the cat sat on the mat"] * 5, seed=0, max_response_tokens=8)
+    if lora:
+        loaded.model = add_lora(loaded.model, Lora(rank=4), 0).eval()
+    return loaded

@@ -15,11 +15,11 @@ from lmdqn.learn.objective import q_loss
 from lmdqn.model import activation_checkpointing
 from lmdqn.model.activation_checkpointing import checkpointed_layers
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.loading import LoadedModel, add_lora, load_model
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import trained_parameters
-from lmdqn.recipe import Lora, QLearningSection, validate
+from lmdqn.recipe import QLearningSection
 from tests.conftest import Ran
+from tests.runs import tiny_model
 
 BETA = 0.02
 SIZES: dict[str, dict[str, Any]] = {
@@ -39,16 +39,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def scratch(kind: str) -> LoadedModel:
-    family, _, lora = kind.partition(" ")
-    tree = {"from_scratch": {"family": family, "vocabulary_size": 300, "config": SIZES[family]}}
-    section = validate({"model": tree, "data": {"path": "."}}, "test").model
-    loaded = load_model(section, ["the cat sat on the mat"] * 5, seed=0, max_response_tokens=8)
-    if lora:
-        loaded.model = add_lora(loaded.model, Lora(rank=4), 0).eval()
-    return loaded
-
-
 def episodes() -> list[Episode]:
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -65,7 +55,7 @@ def episodes() -> list[Episode]:
 
 def gradients_and_kept_bytes(kind: str, is_checkpointed: bool) -> tuple[dict[str, Tensor], int]:
     """Of a loss of the online network: its gradients, and the size of what the forward pass kept for them."""
-    loaded = scratch(kind)
+    loaded = tiny_model(kind, SIZES)
     networks = Networks.build(loaded, BETA, seed=0)
     if is_checkpointed:
         networks.online.checkpoint_layers()

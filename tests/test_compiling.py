@@ -22,13 +22,13 @@ from lmdqn.learn.objective import loss_terms, q_loss
 from lmdqn.learn.optimisation import Optimiser
 from lmdqn.model import compiling, vocabulary
 from lmdqn.model.exploration import Exploration
-from lmdqn.model.loading import LoadedModel, add_lora, load_model
+from lmdqn.model.loading import LoadedModel
 from lmdqn.model.networks import Networks
 from lmdqn.model.qnetwork import trained_parameters
 from lmdqn.model.rollout import Rollout
 from lmdqn.model.vocabulary import Reduce, Scores
-from lmdqn.recipe import Lora, QLearningSection, validate
-from tests.runs import write_splits
+from lmdqn.recipe import QLearningSection, validate
+from tests.runs import tiny_model, write_splits
 
 BETA = 0.02
 SIZES: dict[str, dict[str, Any]] = {
@@ -80,13 +80,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
 
 
 def scratch(kind: str) -> LoadedModel:
-    family, _, lora = kind.partition(" ")
-    tree = {"from_scratch": {"family": family, "vocabulary_size": 300, "config": SIZES[family]}}
-    section = validate({"model": tree, "data": {"path": "."}}, "test").model
-    loaded = load_model(section, ["the cat sat on the mat"] * 5, seed=0, max_response_tokens=8)
-    if lora:
-        loaded.model = add_lora(loaded.model, Lora(rank=4, target_modules="all-linear"), 0).eval()
-    return loaded
+    return tiny_model(kind, SIZES)
 
 
 def episodes(count: int, seed: int) -> list[Episode]:

@@ -83,12 +83,9 @@ class Replay:
     @property
     def is_full(self) -> bool:
         """Whether there is no room for another group as large as the largest of the newest."""
-        most_tokens = self.recipe.capacity_tokens
         episodes = max((held.episodes for held in self._fresh), default=0)
         tokens = max((held.tokens for held in self._fresh), default=0)
-        return len(self) + episodes > self.recipe.capacity_episodes or (
-            most_tokens is not None and self.tokens + tokens > most_tokens
-        )
+        return self._is_over_capacity(episodes, tokens)
 
     def add(self, groups: Sequence[Group]) -> None:
         """Take in a rollout; it is the fresh one until the next."""
@@ -199,9 +196,11 @@ class Replay:
                 self._priorities.leave(held.number)
         del self._older[:gone]
 
-    def _is_over_capacity(self) -> bool:
-        most_tokens = self.recipe.capacity_tokens
-        return len(self) > self.recipe.capacity_episodes or (most_tokens is not None and self.tokens > most_tokens)
+    def _is_over_capacity(self, more_episodes: int = 0, more_tokens: int = 0) -> bool:
+        most_episodes, most_tokens = self.recipe.capacity_episodes, self.recipe.capacity_tokens
+        return len(self) + more_episodes > most_episodes or (
+            most_tokens is not None and self.tokens + more_tokens > most_tokens
+        )
 
     def _kept(self, group: Group) -> _Held:
         """Count a new group in."""

@@ -302,7 +302,7 @@ class Trainer:
         record = {"step": self.step, "seconds": self.budget.seconds, "replay_episodes": len(self.replay)}
         if sampled:
             record |= rollout_record(groups)
-            rollouts = (self.step - 1) // self.recipe.offline.steps_per_round if self.recipe.offline else self.step
+            rollouts = self.recipe.offline.rollouts_after(self.step) if self.recipe.offline else self.step
             record["episodes_per_s"] = rollouts * len(sampled) / self.budget.seconds
         if updates:
             record |= update_record(updates, {e.group for e in sampled})

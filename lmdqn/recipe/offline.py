@@ -27,3 +27,7 @@ class OfflineSection(Section):
         description="rounds sample pi_0 exp(b Q), b the greatest whose Jensen-Shannon divergence from the log's "
         "tokens stays under this, and nothing that `rollout` says of temperature, epsilon or bounds; null: as it says",
     )
+
+    def rollouts_after(self, steps: int) -> int:
+        """How many rollouts have joined the log after so many steps."""
+        return min(self.rounds, max(0, steps - 1) // self.steps_per_round)

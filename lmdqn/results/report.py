@@ -130,9 +130,7 @@ def kept_step(lines: Lines, metric: str) -> str:
 
 def _facts(results: Mapping[str, Any], lines: Lines, recipe: Recipe) -> str:
     steps = max((line["step"] for line in lines if line["phase"] == "dqn"), default=0)
-    rollouts, offline = steps, recipe.offline
-    if offline is not None:
-        rollouts = min(offline.rounds, max(0, steps - 1) // offline.steps_per_round)
+    rollouts = recipe.offline.rollouts_after(steps) if recipe.offline else steps
     episodes = rollouts * recipe.rollout.prompts * recipe.rollout.samples
     took = _minutes(results["seconds"]["dqn"])
     return f"{steps} steps, {episodes:,} sampled episodes, {took} of Q-learning; seed {recipe.seed}."

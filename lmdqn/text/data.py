@@ -137,7 +137,8 @@ def _read_jsonl(file: Path) -> list[PlacedRow]:
                 continue
             try:
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair, which is no text
+                if rb"\ud" in line.lower():  # halves of surrogate pairs, or whole ones
+                    json.dumps(row, ensure_ascii=False).encode()  # fails on half of one, which is no text
             except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
                 raise UserError(f"{file}, line {number}: not valid JSON ({_json_problem(error)})") from error
             if not isinstance(row, dict):

@@ -81,7 +81,7 @@ class EpisodeLog(Sequence[list[Episode]]):
         if ids is None:
             ids = list(self.tokenizer(text_target=response, add_special_tokens=False).input_ids)
             ids += [] if truncated else [self.layout.eos_ids[0]]
-        if not ids or not all(isinstance(token, int) and 0 <= token < len(self.tokenizer) for token in ids):
+        if not ids or not self._are_tokens(ids):
             raise UserError(
                 f"{where}: response_ids must be a list of at least one of this model's token ids; leave it and "
                 "behaviour_log_probs out of the log where another model wrote it"
@@ -105,6 +105,9 @@ class EpisodeLog(Sequence[list[Episode]]):
             episode.behaviour_log_probs = torch.tensor(behaviour[: len(ids)], dtype=torch.float32)
         return episode
 
+    def _are_tokens(self, ids: Sequence[Any]) -> bool:
+        return all(isinstance(token, int) and 0 <= token < len(self.tokenizer) for token in ids)
+
     def _example(self, row: Row, where: str, response_tokens: int) -> Example:
         prompt = row["prompt"]
         if (known := self._by_prompt.get(prompt)) is not None:
@@ -112,7 +115,7 @@ class EpisodeLog(Sequence[list[Episode]]):
         ids = row.get("prompt_ids")
         if ids is None:
             ids = self.tokenizer(prompt).input_ids
-        elif not all(isinstance(token, int) and 0 <= token < len(self.tokenizer) for token in ids):
+        elif not self._are_tokens(ids):
             raise UserError(f"{where}: prompt_ids must be token ids of this model: leave them out if another wrote it")
         taken, context = len(ids) + (0 if self.layout.is_seq2seq else response_tokens), self.layout.context_tokens
         if context is not None and taken > context:
